@@ -1,0 +1,1 @@
+"""HTTP: the contract to the engine and back."""

@@ -1,0 +1,1 @@
+"""The command line: an HTTP client for people."""

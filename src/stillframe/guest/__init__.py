@@ -1,0 +1,1 @@
+"""Talking into the guest: wire format, exec, files, identity."""

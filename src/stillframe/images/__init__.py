@@ -1,0 +1,1 @@
+"""OCI references, registries, layers, root disks, kernel and initrd."""

@@ -1,0 +1,205 @@
+"""The nouns: instances, snapshots and images as frozen values.
+
+Sizes are bytes, times are timezone-aware UTC datetimes, phases are milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from stillframe.model.states import InstanceState
+
+
+class Hypervisor(StrEnum):
+    """Hypervisor types of the contract, and ``fake``: a real process without a guest kernel."""
+
+    CLOUD_HYPERVISOR = "cloud-hypervisor"
+    FIRECRACKER = "firecracker"
+    QEMU = "qemu"
+    QEMU_MICROVM = "qemu-microvm"
+    VZ = "vz"
+    FAKE = "fake"
+
+
+class SnapshotKind(StrEnum):
+    """``Standby`` holds memory, devices and disks; ``Stopped`` holds disks."""
+
+    STANDBY = "Standby"
+    STOPPED = "Stopped"
+
+
+class CompressionAlgorithm(StrEnum):
+    """Compression algorithms of the contract."""
+
+    ZSTD = "zstd"
+    LZ4 = "lz4"
+
+
+class CompressionState(StrEnum):
+    """State of a snapshot's memory representation."""
+
+    NONE = "none"
+    COMPRESSING = "compressing"
+    COMPRESSED = "compressed"
+    ERROR = "error"
+
+
+class ImageStatus(StrEnum):
+    """Progress of an image on its way to being bootable."""
+
+    PENDING = "pending"
+    PULLING = "pulling"
+    CONVERTING = "converting"
+    READY = "ready"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionConfig:
+    """A wish for compression; algorithm and level are meaningless while ``enabled`` is false."""
+
+    enabled: bool
+    algorithm: CompressionAlgorithm | None = None
+    level: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotPolicy:
+    """Per-instance defaults for its snapshots and standbys."""
+
+    compression: CompressionConfig | None = None
+    standby_compression_delay: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """A process, told apart from any later one with the same number.
+
+    ``start_time`` is field 22 of /proc/PID/stat, in clock ticks since boot; ``boot_id`` is
+    /proc/sys/kernel/random/boot_id, so that a host reboot is noticed.
+    """
+
+    pid: int
+    start_time: int
+    boot_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageConfig:
+    """What an OCI image says about running it."""
+
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    working_dir: str = "/"
+    user: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A root file system that instances boot from, keyed by its digest."""
+
+    name: str
+    digest: str
+    status: ImageStatus
+    created_at: datetime
+    platform: str = "linux/amd64"
+    size_bytes: int | None = None
+    error: str | None = None
+    config: ImageConfig = field(default_factory=ImageConfig)
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """A virtual machine and everything needed to run it again.
+
+    ``image`` is the reference as requested, ``image_digest`` what it resolved to.
+    ``accelerator`` is ``kvm``, ``tcg`` or ``none``: memory made under one cannot run under another.
+    ``boot`` names the kernel and initrd pair (a digest) the disks and memory belong to.
+    ``parent_snapshot_id`` / ``parent_instance_id`` say what it was forked from.
+    """
+
+    id: str
+    name: str
+    image: str
+    image_digest: str
+    state: InstanceState
+    created_at: datetime
+    hypervisor: Hypervisor
+    memory_bytes: int
+    overlay_bytes: int
+    vcpus: int
+    hypervisor_version: str = ""
+    accelerator: str = ""
+    boot: str = ""
+    platform: str = "linux/amd64"
+    env: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    entrypoint: tuple[str, ...] | None = None
+    cmd: tuple[str, ...] | None = None
+    network_enabled: bool = True
+    snapshot_policy: SnapshotPolicy | None = None
+    process: ProcessIdentity | None = None
+    state_error: str | None = None
+    started_at: datetime | None = None
+    stopped_at: datetime | None = None
+    exit_code: int | None = None
+    exit_message: str | None = None
+    phase_since: datetime | None = None
+    phase_durations_ms: Mapping[str, int] = field(default_factory=dict)
+    parent_snapshot_id: str | None = None
+    parent_instance_id: str | None = None
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def has_snapshot(self) -> bool:
+        """Whether a standby image is on disk (the contract's word for it)."""
+        return self.state is InstanceState.STANDBY
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A write-once capture of an instance.
+
+    ``template`` is the source instance as it was at the capture: what a fork starts from.
+    ``size_bytes`` is the apparent size of the payload, ``stored_bytes`` what it takes on disk.
+    ``pause_ms`` is how long the guest stood still; ``timings_ms`` says where the time went.
+    """
+
+    id: str
+    kind: SnapshotKind
+    source_instance_id: str
+    source_instance_name: str
+    source_hypervisor: Hypervisor
+    created_at: datetime
+    size_bytes: int
+    template: Instance
+    name: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    stored_bytes: int = 0
+    pause_ms: float | None = None
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
+    compression: CompressionConfig | None = None
+    compression_state: CompressionState = CompressionState.NONE
+    compression_error: str | None = None
+    compressed_size_bytes: int | None = None
+    uncompressed_size_bytes: int | None = None
+    parent_snapshot_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PathInfo:
+    """What the guest says about one path. ``mode`` is the permission bits, ``size`` bytes."""
+
+    exists: bool
+    is_dir: bool = False
+    is_file: bool = False
+    is_symlink: bool = False
+    link_target: str | None = None
+    mode: int = 0
+    size: int = 0
+    error: str | None = None

@@ -1,0 +1,1 @@
+"""What is kept: paths, records, snapshot payloads."""

@@ -1,0 +1,140 @@
+"""The driver protocol: what Stillframe asks of every hypervisor, and nothing more.
+
+Two types are kept apart: ``MachineSpec`` is what a snapshot records about a VM (it must be equal
+when memory is loaded again), ``MachineResources`` is what the restoring host supplies (paths,
+identity), which differs for every fork.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+from uuid import UUID
+
+from stillframe.model.values import Hypervisor, ProcessIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class DriverProbe:
+    """What a hypervisor offers on this host, as found by trying.
+
+    ``reason`` says in a sentence why it is unavailable, ``hint`` how to mend it.
+    ``features`` uses the contract's runtime feature ids (snapshots, standby, fork, pause, ...).
+    """
+
+    hypervisor: Hypervisor
+    available: bool
+    version: str = ""
+    accelerator: str = ""
+    features: tuple[str, ...] = ()
+    reason: str | None = None
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSpec:
+    """The part of a VM that its memory image depends on. ``memory_bytes`` is a multiple of 2 MiB."""
+
+    memory_bytes: int
+    vcpus: int
+    accelerator: str
+    network: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A raw disk, in the order the guest sees them (first is /dev/vda)."""
+
+    path: Path
+    readonly: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MachineResources:
+    """What this host supplies to one VMM process.
+
+    ``directory`` is private to the VM and receives the sockets; ``memory_image`` is an existing
+    file of exactly ``memory_bytes``, mapped privately and never written; ``device_state`` is None
+    for a cold boot; ``generation_id`` is fresh for every boot and fork (VMGenID).
+    """
+
+    directory: Path
+    memory_image: Path
+    disks: tuple[Disk, ...]
+    kernel: Path
+    initrd: Path
+    kernel_arguments: str
+    generation_id: UUID
+    console_log: Path
+    vmm_log: Path
+    device_state: Path | None = None
+
+
+class MachineStatus(StrEnum):
+    """What the VMM says of its guest."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    SHUTDOWN = "shutdown"
+    UNKNOWN = "unknown"
+
+
+AgentStream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+EventListener = Callable[[str], Awaitable[None] | None]
+
+
+class Machine(Protocol):
+    """One VMM process with one guest. Raises VmmFailure when the VMM refuses, dies or hangs."""
+
+    process: ProcessIdentity
+
+    async def status(self) -> MachineStatus:
+        """Ask the VMM what its guest is doing."""
+
+    async def pause(self) -> None:
+        """Stop all vCPUs; on return guest memory and flushed disks no longer change."""
+
+    async def resume(self) -> None:
+        """Let the vCPUs run (on)."""
+
+    async def save_devices(self, destination: Path) -> None:
+        """Write device state without RAM, of a paused guest, to a new file. Not fsynced."""
+
+    async def dial_agent(self) -> AgentStream:
+        """Open the byte stream to the guest agent's port (one connection at a time)."""
+
+    async def power_button(self) -> None:
+        """Ask the guest to shut down (ACPI power button)."""
+
+    async def kill(self) -> None:
+        """SIGKILL the VMM and wait for proof of death. No error if it is dead already."""
+
+    async def wait_exit(self) -> None:
+        """Return when the VMM process is gone."""
+
+    async def close(self) -> None:
+        """Drop our connections and leave the VMM running."""
+
+
+class Driver(Protocol):
+    """One hypervisor on this host."""
+
+    hypervisor: Hypervisor
+
+    async def probe(self) -> DriverProbe:
+        """Try what works here. Never raises for an absent hypervisor; caches its finding."""
+
+    async def start(self, spec: MachineSpec, resources: MachineResources) -> Machine:
+        """Spawn a VMM in its own session (it outlives us).
+
+        Without ``resources.device_state`` the guest boots and runs. With it, devices are loaded,
+        memory is the private mapping of the image, and the guest stands still until ``resume``.
+        On failure nothing is left behind. Raises VmmFailure, MissingComponent.
+        """
+
+    async def adopt(self, process: ProcessIdentity, resources: MachineResources) -> Machine:
+        """Take over a VMM that an earlier server started. Raises VmmFailure if it is not there."""
