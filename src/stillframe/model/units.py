@@ -35,7 +35,9 @@ def parse_size(text: str, *, code: str = "invalid_size") -> int:
             f"invalid size {text[:64]!r}", code=code, hint="write for example 512MB or 2GB"
         )
     number, unit = match.groups()
-    factor = 1024 ** "KMGT".index(unit[0].upper()) * 1024 if unit[:1].upper() in "KMGT" and unit else 1
+    factor = (
+        1024 ** "KMGT".index(unit[0].upper()) * 1024 if unit[:1].upper() in "KMGT" and unit else 1
+    )
     size = int(float(number) * factor) if "." in number else int(number) * factor
     if not 0 < size < 2**63:
         raise InvalidRequest(f"size {text!r} is out of range", code=code)
@@ -104,7 +106,7 @@ def check_name(name: str, *, what: str = "name", code: str = "invalid_request") 
 
 
 def check_tags(tags: Mapping[str, str] | None) -> dict[str, str]:
-    """Return the tags as a dict (empty for None); raise InvalidRequest beyond the contract's limits."""
+    """Return the tags as a dict (empty for None); InvalidRequest beyond the contract's limits."""
     tags = dict(tags or {})
     if len(tags) > 50:
         raise InvalidRequest(f"{len(tags)} tags, at most 50 are allowed")

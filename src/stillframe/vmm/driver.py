@@ -37,7 +37,7 @@ class DriverProbe:
 
 @dataclass(frozen=True, slots=True)
 class MachineSpec:
-    """The part of a VM that its memory image depends on. ``memory_bytes`` is a multiple of 2 MiB."""
+    """The part of a VM its memory image depends on. ``memory_bytes`` is a multiple of 2 MiB."""
 
     memory_bytes: int
     vcpus: int

@@ -1,0 +1,196 @@
+"""Files: clones, sparse files, durable writes. One clone primitive serves every hypervisor."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+
+from stillframe.model.errors import HostFailure, StorageFull
+
+FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2  # linux/falloc.h
+_CANNOT_CLONE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EBADF}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class CloneKind(StrEnum):
+    """How a file was cloned."""
+
+    REFLINK = "reflink"  # shares blocks, costs nothing
+    SPARSE_COPY = "sparse copy"  # data copied, holes kept
+
+
+@contextlib.contextmanager
+def storage_errors(action: str) -> Iterator[None]:
+    """Translate OSError raised inside into StorageFull (no space, quota) or HostFailure.
+
+    ``action`` completes the sentence "could not ...".
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        if error.errno in _FULL:
+            raise StorageFull(
+                f"could not {action}: {reason}",
+                hint="free space in the data directory, or delete snapshots",
+            ) from error
+        raise HostFailure(f"could not {action}: {reason}", code="storage_error") from error
+
+
+def clone(source: Path, destination: Path) -> CloneKind:
+    """Clone ``source`` to the new file ``destination`` (mode 0600), never densely.
+
+    Uses FICLONE (ioctl_ficlonerange(2)) where the file system can, else copies data extents only.
+    A partial destination is removed on failure. Raises OSError.
+    """
+    with contextlib.ExitStack() as stack:
+        in_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        stack.callback(os.close, in_fd)
+        out_fd = os.open(
+            destination, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
+        stack.callback(os.close, out_fd)
+        undo = stack.enter_context(contextlib.ExitStack())
+        undo.callback(destination.unlink, missing_ok=True)
+        try:
+            fcntl.ioctl(out_fd, FICLONE, in_fd)
+            kind = CloneKind.REFLINK
+        except OSError as error:
+            if error.errno not in _CANNOT_CLONE:
+                raise
+            copy_data(in_fd, out_fd)
+            kind = CloneKind.SPARSE_COPY
+        undo.pop_all()
+        return kind
+
+
+def copy_data(in_fd: int, out_fd: int) -> int:
+    """Copy the data extents between two open files, keeping holes; bytes copied. Raises OSError."""
+    size = os.fstat(in_fd).st_size
+    os.ftruncate(out_fd, size)
+    copied = 0
+    for start, end in data_extents(in_fd, size):
+        position = start
+        while position < end:
+            done = os.copy_file_range(in_fd, out_fd, end - position, position, position)
+            if done == 0:
+                raise OSError(errno.EIO, "file shrank while it was copied")
+            position += done
+        copied += end - start
+    return copied
+
+
+def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield ``(start, end)`` byte ranges that hold data (lseek(2) SEEK_DATA, SEEK_HOLE)."""
+    position = 0
+    while position < size:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                return
+            raise
+        position = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        yield start, position
+
+
+def supports_reflink(directory: Path) -> bool:
+    """Whether files in ``directory`` can share blocks, found by trying."""
+    source, target = directory / ".reflink-probe", directory / ".reflink-probe-clone"
+    try:
+        source.write_bytes(b"\0" * 4096)
+        with source.open("rb") as a, target.open("wb") as b:
+            fcntl.ioctl(b, FICLONE, a.fileno())
+        return True
+    except OSError:
+        return False
+    finally:
+        source.unlink(missing_ok=True)
+        target.unlink(missing_ok=True)
+
+
+def create_sparse(path: Path, size: int) -> None:
+    """Make a new file of ``size`` bytes without any data (mode 0600). Raises OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.ftruncate(fd, size)
+    finally:
+        os.close(fd)
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Deallocate a range so that it reads as zeros; writes zeros where that is unsupported."""
+    try:
+        _fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        os.pwrite(fd, bytes(length), offset)
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    result = libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length))
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def atomic_write(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Replace ``path`` durably: temporary file, fsync, rename, fsync of the directory."""
+    temporary = path.with_name(f".{path.name}.new")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def fsync_file(path: Path) -> None:
+    """Flush a file's data and metadata to the device. Raises OSError (never retried)."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def allocated_bytes(path: Path) -> int:
+    """Bytes a file takes on disk (st_blocks), shared blocks included."""
+    return path.stat(follow_symlinks=False).st_blocks * 512
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory tree; absent is fine. Never follows symbolic links."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
+def available_bytes(path: Path) -> int:
+    """Bytes an unprivileged writer may still use on the file system of ``path``."""
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
