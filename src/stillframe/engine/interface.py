@@ -169,9 +169,7 @@ class EngineInterface(Protocol):
     ) -> WaitResult:
         """Wait for a state as the contract's section 4.5 says. NotFound if deleted meanwhile."""
 
-    def logs(
-        self, instance_id: str, *, source: str, tail: int, follow: bool
-    ) -> AsyncIterator[str]:
+    def logs(self, instance_id: str, *, source: str, tail: int, follow: bool) -> AsyncIterator[str]:
         """Lines of the app, vmm or hypeman log. Raises NotFound (``log_not_found``) on first use."""
 
     async def exec(self, instance_id: str, request: ExecRequest) -> ExecSession:
@@ -192,9 +190,7 @@ class EngineInterface(Protocol):
     ) -> int:
         """Write a file (``data`` its bytes) or make a directory (``data`` None); bytes written."""
 
-    def read_path(
-        self, instance_id: str, path: str, *, follow: bool
-    ) -> AsyncIterator[ReadEntry]:
+    def read_path(self, instance_id: str, path: str, *, follow: bool) -> AsyncIterator[ReadEntry]:
         """A file or tree out of the guest, depth first."""
 
     # -- snapshots ----------------------------------------------------------------------------

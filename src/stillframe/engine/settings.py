@@ -1,0 +1,34 @@
+"""What the engine must be told. Sizes are bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillframe.model.units import GIB
+from stillframe.model.values import Hypervisor
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Settings of an engine, complete and checked.
+
+    ``accelerator`` is ``auto``, ``kvm`` or ``tcg``; ``kernel_dir`` an unpacked Debian kernel package;
+    ``max_concurrent_starts`` bounds how many VMMs are being started at once.
+    """
+
+    data_dir: Path
+    kernel_dir: Path
+    agent_binary: Path
+    default_hypervisor: Hypervisor = Hypervisor.QEMU
+    qemu_binary: str = "qemu-system-x86_64"
+    accelerator: str = "auto"
+    max_vcpus: int = 16
+    max_memory_bytes: int = 32 * GIB
+    max_overlay_bytes: int = 100 * GIB
+    default_memory_bytes: int = 1 * GIB
+    default_vcpus: int = 2
+    default_overlay_bytes: int = 10 * GIB
+    max_concurrent_starts: int = 8
+    boot_timeout: float = 120.0
+    agent_timeout: float = 30.0

@@ -1,0 +1,152 @@
+"""Every path in the data directory is a method here; nobody joins strings.
+
+DATA/                          0700
+  stillframe.db                records (SQLite)
+  lock, jwt-secret, server.json
+  system/<digest>/             kernel and initrd pairs
+  images/<digest>/             root disks
+  instances/<id>/              one VM: deleting the directory deletes the VM
+    memory                     the memory image it maps (hard link into a snapshot, or its own)
+    overlay.raw, config.raw    its writable disk, its boot configuration
+    devices                    device state while it is being loaded
+    standby/                   memory and device state of an instance in Standby
+    logs/{app,vmm,hypeman}.log
+  snapshots/<id>/              write-once payloads: manifest.json, memory, devices, overlay.raw
+  snapshots/.<id>.new/         a payload being built
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillframe.model.errors import NotFound
+from stillframe.model.units import is_id
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """A directory that holds captured state: a snapshot's, or an instance's standby image."""
+
+    directory: Path
+
+    @property
+    def memory(self) -> Path:
+        """The complete guest memory image."""
+        return self.directory / "memory"
+
+    @property
+    def devices(self) -> Path:
+        """Device state as the VMM wrote it."""
+        return self.directory / "devices"
+
+    @property
+    def overlay(self) -> Path:
+        """The writable disk."""
+        return self.directory / "overlay.raw"
+
+    @property
+    def manifest(self) -> Path:
+        """What the payload must consist of; written last."""
+        return self.directory / "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class InstancePaths:
+    """The files of one instance."""
+
+    directory: Path
+
+    @property
+    def memory(self) -> Path:
+        """The memory image its VMM maps privately."""
+        return self.directory / "memory"
+
+    @property
+    def overlay(self) -> Path:
+        """Its writable disk."""
+        return self.directory / "overlay.raw"
+
+    @property
+    def config(self) -> Path:
+        """Its boot configuration disk."""
+        return self.directory / "config.raw"
+
+    @property
+    def standby(self) -> Payload:
+        """Memory and devices while in Standby."""
+        return Payload(self.directory / "standby")
+
+    @property
+    def standby_new(self) -> Payload:
+        """A standby image being built."""
+        return Payload(self.directory / "standby.new")
+
+    def log(self, source: str) -> Path:
+        """One of its logs: app (console), vmm or hypeman (operations)."""
+        return self.directory / "logs" / f"{source}.log"
+
+
+@dataclass(frozen=True, slots=True)
+class DataDirectory:
+    """The layout of a server's data directory."""
+
+    root: Path
+
+    @property
+    def database(self) -> Path:
+        """The records."""
+        return self.root / "stillframe.db"
+
+    @property
+    def images(self) -> Path:
+        """Root disks by digest."""
+        return self.root / "images"
+
+    @property
+    def system(self) -> Path:
+        """Kernel and initrd pairs by digest."""
+        return self.root / "system"
+
+    @property
+    def instances(self) -> Path:
+        """All instance directories."""
+        return self.root / "instances"
+
+    @property
+    def snapshots(self) -> Path:
+        """All snapshot payloads."""
+        return self.root / "snapshots"
+
+    def instance(self, instance_id: str) -> InstancePaths:
+        """The files of an instance. Raises NotFound for what is no id (path traversal)."""
+        return InstancePaths(self.instances / _checked(instance_id))
+
+    def instance_staged(self, instance_id: str) -> InstancePaths:
+        """Where the new state of an instance is prepared during a restore in place."""
+        return InstancePaths(self.instances / f".{_checked(instance_id)}.restoring")
+
+    def instance_previous(self, instance_id: str) -> InstancePaths:
+        """Where the old state of an instance waits until the restored one runs."""
+        return InstancePaths(self.instances / f".{_checked(instance_id)}.previous")
+
+    def snapshot(self, snapshot_id: str) -> Payload:
+        """The payload of a snapshot. Raises NotFound for what is no id (path traversal)."""
+        return Payload(self.snapshots / _checked(snapshot_id))
+
+    def snapshot_new(self, snapshot_id: str) -> Payload:
+        """A snapshot payload being built."""
+        return Payload(self.snapshots / f".{_checked(snapshot_id)}.new")
+
+    def create(self) -> None:
+        """Make the directories that are missing, readable by the owner only."""
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.root.chmod(0o700)
+        for directory in (self.images, self.system, self.instances, self.snapshots):
+            directory.mkdir(mode=0o700, exist_ok=True)
+
+
+def _checked(identifier: str) -> str:
+    if not is_id(identifier):
+        raise NotFound("resource not found")
+    return identifier

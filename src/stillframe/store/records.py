@@ -1,0 +1,270 @@
+"""The records: instances, snapshots, images and intents in one SQLite database.
+
+All records are also kept in memory, so reading and filtering never touches the disk; a write is one
+``BEGIN IMMEDIATE`` transaction with ``synchronous=FULL`` and happens before memory changes. A record
+that cannot be read is set aside and reported; it never hides the others.
+
+Intents are the journal: a verb of several steps writes one first and removes it with its commit, so
+that what remains after a crash can be undone (``engine/recover.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from stillframe.model.errors import DamagedData, HostFailure, NameConflict, NotFound, StorageFull
+from stillframe.model.values import Image, Instance, Snapshot
+
+T = TypeVar("T")
+
+_MIGRATIONS = (
+    """
+    CREATE TABLE instances (
+        id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, document TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE snapshots (
+        id TEXT PRIMARY KEY, source_instance_id TEXT NOT NULL, name TEXT, document TEXT NOT NULL,
+        UNIQUE (source_instance_id, name)
+    ) STRICT;
+    CREATE TABLE images (
+        name TEXT PRIMARY KEY, digest TEXT NOT NULL, document TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE intents (
+        subject TEXT PRIMARY KEY, verb TEXT NOT NULL, document TEXT NOT NULL
+    ) STRICT;
+    """,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """A verb under way: its subject's id and what is needed to undo it."""
+
+    subject: str
+    verb: str
+    facts: Mapping[str, str]
+
+
+@cache
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(kind)
+
+
+def to_json(value: object) -> str:
+    """A model value as JSON text."""
+    return _adapter(type(value)).dump_json(value).decode()
+
+
+def from_json(kind: type[T], text: str | bytes) -> T:
+    """A model value from JSON text; unknown fields are ignored. Raises DamagedData."""
+    try:
+        return _adapter(kind).validate_json(text)
+    except ValidationError as error:
+        raise DamagedData(f"a stored {kind.__name__.lower()} record cannot be read") from error
+
+
+class Records:
+    """The server's memory of what exists. Used from the event loop's thread only."""
+
+    def __init__(self, database: Path) -> None:
+        """Open (or create) the database. Raises HostFailure when it is newer than this program."""
+        self._connection = sqlite3.connect(database, isolation_level=None, timeout=10)
+        self._connection.execute("PRAGMA journal_mode=WAL")
+        self._connection.execute("PRAGMA synchronous=FULL")
+        self._migrate()
+        self.damaged: list[tuple[str, str]] = []  # (table, id) of unreadable records
+        self.instances = self._load("instances", Instance)
+        self.snapshots = self._load("snapshots", Snapshot)
+        self._images = {i.name: i for i in self._load("images", Image, key="name").values()}
+        self.intents = {
+            subject: Intent(subject, verb, json.loads(document))
+            for subject, verb, document in self._connection.execute(
+                "SELECT subject, verb, document FROM intents"
+            )
+        }
+        self._names = {i.name: i.id for i in self.instances.values()}
+
+    def _migrate(self) -> None:
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version > len(_MIGRATIONS):
+            raise HostFailure(
+                f"the data directory has format {version}, this program knows {len(_MIGRATIONS)}",
+                hint="run a newer stillframe",
+            )
+        for number, script in enumerate(_MIGRATIONS[version:], start=version + 1):
+            self._connection.executescript(
+                f"BEGIN IMMEDIATE; {script} PRAGMA user_version={number}; COMMIT;"
+            )
+
+    def _load(self, table: str, kind: type[T], key: str = "id") -> dict[str, T]:
+        found: dict[str, T] = {}
+        rows = self._connection.execute(
+            f"SELECT {key}, document FROM {table} ORDER BY rowid"  # noqa: S608 - constants only
+        )
+        for identifier, document in rows:
+            try:
+                found[identifier] = from_json(kind, document)
+            except DamagedData:
+                self.damaged.append((table, identifier))
+        return found
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """One durable transaction. Raises StorageFull or HostFailure, having changed nothing."""
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            yield self._connection
+            self._connection.execute("COMMIT")
+        except BaseException as error:
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.execute("ROLLBACK")
+            if isinstance(error, sqlite3.IntegrityError):
+                raise NameConflict("the name is already in use") from error
+            if isinstance(error, sqlite3.Error):
+                full = "full" in str(error)
+                raise (StorageFull if full else HostFailure)(
+                    f"the records could not be written: {error}", hint="check the data directory"
+                ) from error
+            raise
+
+    # -- instances ----------------------------------------------------------------------------
+    def instance_by_name(self, name: str) -> Instance | None:
+        """The instance that bears ``name``, in any state of its life."""
+        identifier = self._names.get(name)
+        return self.instances.get(identifier) if identifier else None
+
+    def put_instance(self, instance: Instance, *, fulfils: str | None = None) -> None:
+        """Write an instance durably, removing the intent of subject ``fulfils`` with it.
+
+        Raises NameConflict when another instance has the name.
+        """
+        with self.transaction() as sql:
+            sql.execute(
+                "INSERT INTO instances (id, name, document) VALUES (?, ?, ?) "
+                "ON CONFLICT (id) DO UPDATE SET name = excluded.name, document = excluded.document",
+                (instance.id, instance.name, to_json(instance)),
+            )
+            if fulfils is not None:
+                sql.execute("DELETE FROM intents WHERE subject = ?", (fulfils,))
+        self.instances[instance.id] = instance
+        self._names[instance.name] = instance.id
+        if fulfils is not None:
+            self.intents.pop(fulfils, None)
+
+    def reserve_instance(self, instance: Instance, intent: Intent) -> None:
+        """Take the instance's name and record the intent to make it, in one transaction."""
+        with self.transaction() as sql:
+            sql.execute(
+                "INSERT INTO instances (id, name, document) VALUES (?, ?, ?)",
+                (instance.id, instance.name, to_json(instance)),
+            )
+            self._insert_intent(sql, intent)
+        self.instances[instance.id] = instance
+        self._names[instance.name] = instance.id
+        self.intents[intent.subject] = intent
+
+    def drop_instance(self, instance_id: str) -> None:
+        """Forget an instance and its intent; unknown ids are fine."""
+        with self.transaction() as sql:
+            sql.execute("DELETE FROM instances WHERE id = ?", (instance_id,))
+            sql.execute("DELETE FROM intents WHERE subject = ?", (instance_id,))
+        gone = self.instances.pop(instance_id, None)
+        self.intents.pop(instance_id, None)
+        if gone is not None and self._names.get(gone.name) == instance_id:
+            del self._names[gone.name]
+
+    # -- snapshots ----------------------------------------------------------------------------
+    def snapshot_name_taken(self, source_instance_id: str, name: str) -> bool:
+        """Whether the source has a snapshot, finished or being made, of that name."""
+        wanted = {"source": source_instance_id, "name": name}
+        return any(
+            s.source_instance_id == source_instance_id and s.name == name
+            for s in self.snapshots.values()
+        ) or any(
+            i.verb == "snapshot" and wanted.items() <= i.facts.items()
+            for i in self.intents.values()
+        )
+
+    def put_snapshot(self, snapshot: Snapshot) -> None:
+        """Write a snapshot durably, fulfilling its intent. Raises NameConflict."""
+        with self.transaction() as sql:
+            sql.execute(
+                "INSERT INTO snapshots (id, source_instance_id, name, document) "
+                "VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
+                "name = excluded.name, document = excluded.document",
+                (snapshot.id, snapshot.source_instance_id, snapshot.name, to_json(snapshot)),
+            )
+            sql.execute("DELETE FROM intents WHERE subject = ?", (snapshot.id,))
+        self.snapshots[snapshot.id] = snapshot
+        self.intents.pop(snapshot.id, None)
+
+    def drop_snapshot(self, snapshot_id: str, intent: Intent | None = None) -> None:
+        """Forget a snapshot; with ``intent`` (its removal) in the same transaction."""
+        with self.transaction() as sql:
+            sql.execute("DELETE FROM snapshots WHERE id = ?", (snapshot_id,))
+            if intent is not None:
+                self._insert_intent(sql, intent)
+        self.snapshots.pop(snapshot_id, None)
+        if intent is not None:
+            self.intents[intent.subject] = intent
+
+    # -- images -------------------------------------------------------------------------------
+    def put(self, image: Image) -> None:
+        """Write an image under its name."""
+        with self.transaction() as sql:
+            sql.execute(
+                "INSERT OR REPLACE INTO images (name, digest, document) VALUES (?, ?, ?)",
+                (image.name, image.digest, to_json(image)),
+            )
+        self._images[image.name] = image
+
+    def get(self, name: str) -> Image | None:
+        """The image of that name."""
+        return self._images.get(name)
+
+    def list(self) -> list[Image]:
+        """All images, oldest first."""
+        return sorted(self._images.values(), key=lambda image: image.created_at)
+
+    def delete(self, name: str) -> None:
+        """Forget an image name. Raises NotFound."""
+        if name not in self._images:
+            raise NotFound(f"no image {name!r}")
+        with self.transaction() as sql:
+            sql.execute("DELETE FROM images WHERE name = ?", (name,))
+        del self._images[name]
+
+    # -- intents ------------------------------------------------------------------------------
+    def intend(self, intent: Intent) -> None:
+        """Record durably that a verb begins. Raises NameConflict when its subject has one."""
+        with self.transaction() as sql:
+            self._insert_intent(sql, intent)
+        self.intents[intent.subject] = intent
+
+    def fulfil(self, subject: str) -> None:
+        """Remove an intent: its verb is done or undone."""
+        if subject in self.intents:
+            with self.transaction() as sql:
+                sql.execute("DELETE FROM intents WHERE subject = ?", (subject,))
+            del self.intents[subject]
+
+    @staticmethod
+    def _insert_intent(sql: sqlite3.Connection, intent: Intent) -> None:
+        facts: dict[str, Any] = dict(intent.facts)
+        sql.execute(
+            "INSERT INTO intents (subject, verb, document) VALUES (?, ?, ?)",
+            (intent.subject, intent.verb, json.dumps(facts)),
+        )
+
+    def close(self) -> None:
+        """Close the database."""
+        self._connection.close()
