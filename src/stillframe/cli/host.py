@@ -1,0 +1,149 @@
+"""``stillframe doctor``: what this machine has, what it lacks, and how to mend it.
+
+Reads what is on this machine directly, and asks a running server what its hypervisors offer. The
+reflink probe of ``host`` is imported lazily (an exception named in the house test).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from stillframe.cli import output
+from stillframe.cli.client import Client
+from stillframe.cli.output import JsonFlag
+from stillframe.cli.settings import Settings
+from stillframe.model.errors import StillframeError
+from stillframe.model.units import format_size
+
+_PROGRAMS = {
+    "sqfstar": ("squashfs-tools", "builds images' root disks"),
+    "mke2fs": ("e2fsprogs", "formats instances' writable disks"),
+    "busybox": ("busybox-static", "is the content of stillframe/base"),
+}
+# Less than this and the first snapshots of ordinary VMs will not fit.
+_LITTLE_SPACE = 5 * 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at. ``level`` is ok, warn or fail; ``fix`` says what to do, if anything."""
+
+    what: str
+    level: str
+    found: str
+    fix: str = ""
+
+
+def doctor(context: typer.Context, as_json: JsonFlag = False) -> None:
+    """Check this machine; exit 1 if something needed is missing."""
+    client: Client = context.obj
+    findings = [*_local_findings(client.settings), *_server_findings(client)]
+    if as_json:
+        output.print_json([asdict(finding) for finding in findings])
+    else:
+        output.print_table(
+            ("", "WHAT", "FOUND", "FIX"), [(f.level, f.what, f.found, f.fix) for f in findings]
+        )
+    if any(finding.level == "fail" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _local_findings(settings: Settings) -> Iterator[Finding]:
+    yield _program(settings.qemu_binary, "qemu-system-x86", "runs virtual machines")
+    for name, (package, purpose) in _PROGRAMS.items():
+        yield _program(name, package, purpose)
+    yield _kernel(settings.kernel_dir)
+    yield (
+        Finding("guest agent", "ok", str(settings.agent_binary))
+        if settings.agent_binary.is_file()
+        else Finding("guest agent", "fail", "not built", "run `make setup` in the source tree")
+    )
+    yield _kvm(Path("/dev/kvm"))
+    yield from _data_directory(settings.data_dir)
+
+
+def _program(name: str, package: str, purpose: str) -> Finding:
+    # Administrators' programs are not on every user's path.
+    path = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"
+    found = shutil.which(name, path=path)
+    if found:
+        return Finding(name, "ok", found)
+    return Finding(name, "fail", f"missing; it {purpose}", f"apt-get install {package}")
+
+
+def _kernel(directory: Path) -> Finding:
+    kernels = sorted(directory.glob("boot/vmlinuz-*"))
+    if kernels:
+        return Finding("guest kernel", "ok", str(kernels[-1]))
+    return Finding(
+        "guest kernel", "fail", f"none under {directory}", "run `make setup` in the source tree"
+    )
+
+
+def _kvm(device: Path) -> Finding:
+    if not device.exists():
+        return Finding(
+            "/dev/kvm", "warn", "absent: guests are emulated (slower)",
+            "enable virtualization in the firmware or of the cloud instance",
+        )  # fmt: skip
+    if not os.access(device, os.R_OK | os.W_OK):
+        return Finding(
+            "/dev/kvm", "warn", "no permission: guests are emulated (slower)",
+            "add your user to the group kvm",
+        )  # fmt: skip
+    # Whether guests truly run under it is found by the server's probe, which boots one.
+    return Finding("/dev/kvm", "ok", "present and may be opened")
+
+
+def _data_directory(directory: Path) -> Iterator[Finding]:
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        yield Finding(
+            "data directory", "fail", f"{directory} may not be written",
+            "set STILLFRAME_DATA_DIR to a directory of yours",
+        )  # fmt: skip
+        return
+    free = shutil.disk_usage(existing).free
+    level = "ok" if free >= _LITTLE_SPACE else "warn"
+    yield Finding(
+        "data directory", level, f"{directory}, {format_size(free)} free",
+        "" if level == "ok" else "free some space or move it with STILLFRAME_DATA_DIR",
+    )  # fmt: skip
+    yield _reflink(existing)
+
+
+def _reflink(directory: Path) -> Finding:
+    from stillframe.host.files import supports_reflink
+
+    try:
+        supported = supports_reflink(directory)
+    except (OSError, StillframeError) as error:
+        return Finding("reflink", "warn", f"cannot be tried: {error}")
+    if supported:
+        return Finding("reflink", "ok", "disks and memory images are cloned, not copied")
+    return Finding(
+        "reflink", "warn", "not offered: clones copy their data (sparsely)",
+        "put the data directory on XFS or btrfs",
+    )  # fmt: skip
+
+
+def _server_findings(client: Client) -> Iterator[Finding]:
+    try:
+        answer: dict[str, Any] = client.request("GET", "/capabilities")
+    except StillframeError as error:
+        yield Finding("server", "warn", error.message, error.hint or "")
+        return
+    yield Finding("server", "ok", f"{client.base_url}, version {answer['server']['version']}")
+    for runtime in answer.get("runtimes", []):
+        name, features = f"hypervisor {runtime['name']}", ", ".join(runtime.get("features", []))
+        if runtime["available"]:
+            yield Finding(name, "ok", features or "available")
+        else:
+            yield Finding(name, "warn", "not available", str(runtime.get("hint") or ""))

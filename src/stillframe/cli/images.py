@@ -1,0 +1,101 @@
+"""``stillframe image``: list, pull, import, rm."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stillframe.cli import output
+from stillframe.cli.client import Client, image_path
+from stillframe.cli.output import JsonFlag
+from stillframe.model.errors import HostFailure, NotFound
+from stillframe.model.units import format_size
+
+app = typer.Typer(help="Images: root file systems to boot from.", no_args_is_help=True)
+_CHUNK = 1024 * 1024
+# The contract has no event for an image's progress, only its status to look at again.
+_LOOK_AGAIN_SECONDS = 0.25
+
+
+@app.command("list")
+def list_(
+    context: typer.Context,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only names.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """List images."""
+    images = context.obj.request("GET", "/images")
+    if as_json:
+        output.print_json(images)
+    elif quiet:
+        print(*(i["name"] for i in images), sep="\n", end="\n" if images else "")
+    else:
+        _table(images)
+
+
+@app.command()
+def pull(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="For example alpine:3 or stillframe/base.")],
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Until it is ready.")] = True,
+    as_json: JsonFlag = False,
+) -> None:
+    """Fetch an image from its registry."""
+    client: Client = context.obj
+    with output.working(f"pulling {name}"):
+        image = client.request("POST", "/images", body={"name": name})
+        while wait and image["status"] not in ("ready", "failed"):
+            threading.Event().wait(_LOOK_AGAIN_SECONDS)
+            image = client.request("GET", image_path(image["name"]))
+    if image["status"] == "failed":
+        raise HostFailure(f"pulling {name} failed: {image.get('error') or 'no reason given'}")
+    output.print_json(image) if as_json else _table([image])
+
+
+@app.command("import")
+def import_(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="What to call it.")],
+    source: Annotated[Path, typer.Argument(help="Root file system tar, or OCI layout tar.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Make an image from a local archive."""
+    if not source.is_file():
+        raise NotFound(f"no such file: {source}", hint="a directory must be made a tar first")
+    with output.working(f"importing {source}"):
+        image = context.obj.request(
+            "POST", "/images/import", query={"name": name}, content=_chunks(source)
+        )
+    output.print_json(image) if as_json else _table([image])
+
+
+@app.command()
+def rm(context: typer.Context, names: list[str]) -> None:
+    """Forget images that nothing needs."""
+    for name in names:
+        context.obj.request("DELETE", image_path(name))
+        print(name)
+
+
+def _chunks(source: Path) -> Iterator[bytes]:
+    with source.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def _table(images: list[dict[str, Any]]) -> None:
+    output.print_table(
+        ("NAME", "DIGEST", "STATUS", "SIZE", "AGE"),
+        [
+            (
+                i["name"], i["digest"][:19], i["status"],
+                format_size(i["size_bytes"]) if i.get("size_bytes") else None,
+                output.age(i["created_at"]),
+            )
+            for i in images
+        ],
+    )  # fmt: skip

@@ -1,0 +1,249 @@
+"""Commands on instances: run, ps, inspect, logs, stop, start, rm, standby, restore, fork, wait."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from stillframe.cli import output
+from stillframe.cli.client import Client, instance_path, parse_pairs
+from stillframe.cli.output import JsonFlag
+from stillframe.model.errors import HostFailure, InvalidRequest, Timeout
+from stillframe.model.states import InstanceState
+
+Reference = Annotated[str, typer.Argument(metavar="INSTANCE", help="Name, id or unique id prefix.")]
+Compression = Annotated[
+    str | None,
+    typer.Option("--compress", metavar="zstd|lz4|none[:LEVEL]", help="Compress the memory."),
+]
+
+
+def run(
+    context: typer.Context,
+    image: Annotated[str, typer.Argument(help="Image to boot; stillframe/base is built in.")],
+    command: Annotated[
+        list[str] | None, typer.Argument(help="Replaces the image's command.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", "-n", help="Unique name.")] = None,
+    memory: Annotated[str | None, typer.Option("--memory", "-m", help="For example 512MB.")] = None,
+    vcpus: Annotated[int | None, typer.Option("--vcpus", "-c", min=1)] = None,
+    overlay: Annotated[str | None, typer.Option("--overlay", help="Writable disk size.")] = None,
+    hypervisor: Annotated[str | None, typer.Option("--hypervisor")] = None,
+    env: Annotated[list[str] | None, typer.Option("--env", "-e", metavar="KEY=VALUE")] = None,
+    tag: Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="KEY=VALUE")] = None,
+    entrypoint: Annotated[str | None, typer.Option("--entrypoint")] = None,
+    network: Annotated[bool, typer.Option("--network/--no-network")] = True,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it runs.")] = True,
+    as_json: JsonFlag = False,
+) -> None:
+    """Create an instance from an image and boot it."""
+    client: Client = context.obj
+    wishes: dict[str, Any] = {
+        "name": name or _made_up_name(),
+        "image": image,
+        "size": memory,
+        "vcpus": vcpus,
+        "overlay_size": overlay,
+        "hypervisor": hypervisor,
+        "env": parse_pairs(env, "--env") or None,
+        "tags": parse_pairs(tag, "--tag") or None,
+        "entrypoint": [entrypoint] if entrypoint else None,
+        "cmd": command or None,
+        "network": None if network else {"enabled": False},
+    }
+    body = {key: value for key, value in wishes.items() if value is not None}
+    with output.working(f"booting {body['name']}"):
+        instance = client.request("POST", "/instances", body=body)
+        if wait:
+            _wait_for(client, instance["id"], "Running", "2m")
+            instance = client.request("GET", instance_path(instance["id"]))
+    _show(instance, as_json)
+
+
+def ps(
+    context: typer.Context,
+    state: Annotated[InstanceState | None, typer.Option("--state", "-s")] = None,
+    tag: Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="KEY=VALUE")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only ids.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """List instances."""
+    client: Client = context.obj
+    query = {f"tags[{k}]": v for k, v in parse_pairs(tag, "--tag").items()}
+    if state is not None:
+        query["state"] = state.value
+    instances = client.request("GET", "/instances", query=query)
+    if as_json:
+        output.print_json(instances)
+    elif quiet:
+        print(*(i["id"] for i in instances), sep="\n", end="\n" if instances else "")
+    else:
+        output.print_table(
+            ("NAME", "ID", "STATE", "IMAGE", "CPUS", "MEMORY", "HYPERVISOR", "AGE"),
+            [
+                (i["name"], i["id"], i["state"], i["image"], i.get("vcpus"), i.get("size"),
+                 i.get("hypervisor"), output.age(i["created_at"]))
+                for i in instances
+            ],
+        )  # fmt: skip
+
+
+def inspect(context: typer.Context, instance: Reference, as_json: JsonFlag = False) -> None:
+    """Show everything about an instance."""
+    found = context.obj.request("GET", instance_path(instance))
+    output.print_json(found) if as_json else output.print_facts(found)
+
+
+def logs(
+    context: typer.Context,
+    instance: Reference,
+    follow: Annotated[bool, typer.Option("--follow", "-f")] = False,
+    tail: Annotated[int, typer.Option("--tail", min=0)] = 100,
+    source: Annotated[str, typer.Option("--source", help="app, vmm or hypeman.")] = "app",
+    as_json: JsonFlag = False,
+) -> None:
+    """Print an instance's log."""
+    query = {"tail": str(tail), "follow": str(follow).lower(), "source": source}
+    for line in context.obj.events(instance_path(instance, "logs"), query):
+        if as_json:
+            output.print_json({"line": line})
+        else:
+            print(line, flush=follow)
+
+
+def stop(context: typer.Context, instances: list[str], as_json: JsonFlag = False) -> None:
+    """Shut instances down; their disks stay."""
+    _each(context, instances, "stop", "stopping", as_json)
+
+
+def start(context: typer.Context, instances: list[str], as_json: JsonFlag = False) -> None:
+    """Boot stopped instances again."""
+    _each(context, instances, "start", "starting", as_json)
+
+
+def restore(context: typer.Context, instances: list[str], as_json: JsonFlag = False) -> None:
+    """Bring instances in standby back to running."""
+    _each(context, instances, "restore", "restoring", as_json)
+
+
+def standby(
+    context: typer.Context,
+    instances: list[str],
+    compress: Compression = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Keep instances' memory on disk and free the host's."""
+    body = {"compression": compression_body(compress)} if compress else None
+    _each(context, instances, "standby", "saving", as_json, body)
+
+
+def rm(
+    context: typer.Context,
+    instances: Annotated[list[str] | None, typer.Argument(help="Names, ids or prefixes.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Do not let the guest shut down first.")
+    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Every instance.")] = False,
+) -> None:
+    """Delete instances; their snapshots stay."""
+    client: Client = context.obj
+    if bool(instances) == everything:
+        raise typer.BadParameter("name instances, or give --all")
+    if everything:
+        instances = [i["id"] for i in client.request("GET", "/instances")]
+    for instance in instances or []:
+        with output.working(f"deleting {instance}"):
+            query = {"graceful_shutdown": str(not force).lower()}
+            client.request("DELETE", instance_path(instance), query=query)
+        print(instance)
+
+
+def fork(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="INSTANCE", help="Running, Standby or Stopped.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="One fork for each name.")],
+    state: Annotated[str | None, typer.Option("--state", help="Stopped, Standby, Running.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Fork an instance as it is now; a running one runs on."""
+    client: Client = context.obj
+    body: dict[str, Any] = {"from_running": True}
+    if state:
+        body["target_state"] = state
+    for name in names:
+        with output.working(f"forking {name}"):
+            made = client.request(
+                "POST", instance_path(source, "fork"), body={**body, "name": name}
+            )
+        _show(made, as_json)
+
+
+def wait(
+    context: typer.Context,
+    instance: Reference,
+    state: Annotated[InstanceState, typer.Option("--state", "-s")] = InstanceState.RUNNING,
+    timeout: Annotated[str, typer.Option("--timeout", help="At most 5m.")] = "60s",
+    as_json: JsonFlag = False,
+) -> None:
+    """Wait until an instance is in a state; exit 1 if it does not get there."""
+    with output.working(f"waiting for {instance}"):
+        result = _wait_for(context.obj, instance, state.value, timeout)
+    output.print_json(result) if as_json else print(result["state"])
+
+
+def compression_body(text: str) -> dict[str, Any]:
+    """``zstd``, ``lz4:3`` or ``none`` as a CompressionConfig. Raises InvalidRequest."""
+    algorithm, _, level = text.partition(":")
+    if algorithm == "none":
+        return {"enabled": False}
+    if algorithm not in ("zstd", "lz4") or (level and not level.isdecimal()):
+        raise InvalidRequest(f"invalid compression {text!r}", hint="write zstd, lz4:3 or none")
+    body: dict[str, Any] = {"enabled": True, "algorithm": algorithm}
+    return {**body, "level": int(level)} if level else body
+
+
+def _each(
+    context: typer.Context,
+    instances: list[str],
+    verb: str,
+    doing: str,
+    as_json: bool,
+    body: dict[str, Any] | None = None,
+) -> None:
+    for instance in instances:
+        with output.working(f"{doing} {instance}"):
+            answer = context.obj.request("POST", instance_path(instance, verb), body=body or {})
+        _show(answer, as_json)
+
+
+def _wait_for(client: Client, instance: str, state: str, timeout: str) -> dict[str, Any]:
+    query = {"state": state, "timeout": timeout}
+    result: dict[str, Any] = client.request("GET", instance_path(instance, "wait"), query=query)
+    if result["timed_out"]:
+        raise Timeout(
+            f"{instance} is {result['state']} after {timeout}, not {state}",
+            hint=f"`stillframe logs {instance}` shows its console",
+        )
+    if result["state"] != state:
+        why = f": {result['state_error']}" if result.get("state_error") else ""
+        raise HostFailure(
+            f"{instance} is {result['state']} and will not become {state}{why}",
+            hint=f"`stillframe logs {instance}` shows its console",
+        )
+    return result
+
+
+def _show(instance: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        output.print_json(instance)
+    else:
+        output.print_table(
+            ("NAME", "ID", "STATE"), [(instance["name"], instance["id"], instance["state"])]
+        )
+
+
+def _made_up_name() -> str:
+    import secrets
+
+    return f"vm-{secrets.token_hex(3)}"

@@ -1,0 +1,80 @@
+"""What people and programs see: tables, columns, JSON on stdout; progress on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+
+import typer
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
+
+
+def print_json(value: Any) -> None:
+    """Print a value as indented JSON."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print rows under headings: a rich table on a terminal, aligned plain columns elsewhere."""
+    cells = [["-" if cell in (None, "") else str(cell) for cell in row] for row in rows]
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in cells:
+            table.add_row(*(Text(cell) for cell in row))
+        Console().print(table)
+        return
+    lines = [list(columns), *cells]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    for line in lines:
+        print("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
+
+
+def print_facts(facts: Mapping[str, object]) -> None:
+    """Print ``key: value`` lines, aligned, without empty values."""
+    shown = {k: v for k, v in facts.items() if v not in (None, "", {}, [])}
+    width = max((len(k) for k in shown), default=0) + 1
+    for key, value in shown.items():
+        text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
+        print(f"{key + ':':<{width}}  {text}")
+
+
+@contextlib.contextmanager
+def working(text: str) -> Iterator[None]:
+    """Show a spinner on stderr while the context lasts, if stderr is a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+def age(timestamp: str | None) -> str:
+    """How long ago an RFC3339 time was, in its largest unit (``3m``)."""
+    if not timestamp:
+        return ""
+    try:
+        seconds = (datetime.now(UTC) - datetime.fromisoformat(timestamp)) / timedelta(seconds=1)
+    except (ValueError, TypeError):
+        return timestamp
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= size:
+            return f"{int(seconds // size)}{unit}"
+    return f"{max(0, int(seconds))}s"
+
+
+def say(text: str) -> None:
+    """One line of news on stderr, so that stdout stays for results."""
+    print(text, file=sys.stderr)

@@ -1,0 +1,154 @@
+"""``stillframe snapshot``: create, list, get, rm, restore, fork. Names work wherever ids do."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from stillframe.cli import output
+from stillframe.cli.client import Client, instance_path, parse_pairs
+from stillframe.cli.instances import Compression, compression_body
+from stillframe.cli.output import JsonFlag
+from stillframe.model.units import format_size
+from stillframe.model.values import SnapshotKind
+
+app = typer.Typer(help="Snapshots: write-once captures of instances.", no_args_is_help=True)
+Snapshot = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="Id, name or unique prefix.")]
+TargetState = Annotated[str | None, typer.Option("--state", help="Stopped, Standby or Running.")]
+
+
+@app.command()
+def create(
+    context: typer.Context,
+    instance: Annotated[str, typer.Argument(help="Name, id or unique id prefix.")],
+    name: Annotated[str | None, typer.Option("--name", "-n", help="Unique per instance.")] = None,
+    kind: Annotated[
+        SnapshotKind | None, typer.Option("--kind", help="Default: by the instance's state.")
+    ] = None,
+    compress: Compression = None,
+    tag: Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="KEY=VALUE")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Capture an instance; a running one runs on."""
+    client: Client = context.obj
+    if kind is None:
+        state = client.request("GET", instance_path(instance))["state"]
+        kind = SnapshotKind.STOPPED if state == "Stopped" else SnapshotKind.STANDBY
+    body: dict[str, Any] = {"kind": kind.value}
+    if name:
+        body["name"] = name
+    if tags := parse_pairs(tag, "--tag"):
+        body["tags"] = tags
+    if compress:
+        body["compression"] = compression_body(compress)
+    with output.working(f"capturing {instance}"):
+        made = client.request("POST", instance_path(instance, "snapshots"), body=body)
+    output.print_json(made) if as_json else _table([made])
+
+
+@app.command("list")
+def list_(
+    context: typer.Context,
+    instance: Annotated[str | None, typer.Option("--instance", help="Only of this source.")] = None,
+    kind: Annotated[SnapshotKind | None, typer.Option("--kind")] = None,
+    tag: Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="KEY=VALUE")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only ids.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """List snapshots."""
+    client: Client = context.obj
+    query = {f"tags[{k}]": v for k, v in parse_pairs(tag, "--tag").items()}
+    if kind is not None:
+        query["kind"] = kind.value
+    found = client.request("GET", "/snapshots", query=query)
+    if instance:
+        # By name as well as by id: the source may be deleted, so the server cannot resolve it.
+        found = [
+            s for s in found if instance in (s["source_instance_id"], s["source_instance_name"])
+        ]
+    if as_json:
+        output.print_json(found)
+    elif quiet:
+        print(*(s["id"] for s in found), sep="\n", end="\n" if found else "")
+    else:
+        _table(found)
+
+
+@app.command()
+def get(context: typer.Context, snapshot: Snapshot, as_json: JsonFlag = False) -> None:
+    """Show everything about a snapshot."""
+    found = context.obj.find_snapshot(snapshot)
+    output.print_json(found) if as_json else output.print_facts(found)
+
+
+@app.command()
+def rm(context: typer.Context, snapshots: list[str]) -> None:
+    """Delete snapshots; their sources and forks go on unharmed."""
+    client: Client = context.obj
+    for reference in snapshots:
+        found = client.find_snapshot(reference)
+        client.request("DELETE", f"/snapshots/{found['id']}")
+        print(found["id"])
+
+
+@app.command()
+def restore(
+    context: typer.Context,
+    snapshot: Snapshot,
+    instance: Annotated[
+        str | None, typer.Option("--instance", help="Default: the snapshot's source.")
+    ] = None,
+    state: TargetState = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Put a stopped or standby instance back to a snapshot."""
+    client: Client = context.obj
+    found = client.find_snapshot(snapshot)
+    path = instance_path(
+        instance or found["source_instance_id"], "snapshots", found["id"], "restore"
+    )
+    with output.working(f"restoring {found['source_instance_name']}"):
+        answer = client.request("POST", path, body={"target_state": state} if state else {})
+    output.print_json(answer) if as_json else _instance_table([answer])
+
+
+@app.command()
+def fork(
+    context: typer.Context,
+    snapshot: Snapshot,
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="One fork for each name.")],
+    state: TargetState = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make new instances from a snapshot."""
+    client: Client = context.obj
+    found = client.find_snapshot(snapshot)
+    made = []
+    for name in names:
+        body = {"name": name, **({"target_state": state} if state else {})}
+        with output.working(f"forking {name}"):
+            made.append(client.request("POST", f"/snapshots/{found['id']}/fork", body=body))
+    output.print_json(made) if as_json else _instance_table(made)
+
+
+def _table(snapshots: list[dict[str, Any]]) -> None:
+    output.print_table(
+        ("NAME", "ID", "KIND", "SOURCE", "SIZE", "STORED", "PAUSE", "AGE"),
+        [
+            (
+                s.get("name"), s["id"], s["kind"], s["source_instance_name"],
+                format_size(s["size_bytes"]),
+                format_size(s["stored_bytes"]) if s.get("stored_bytes") else None,
+                f"{s['pause_ms']:.0f} ms" if s.get("pause_ms") is not None else None,
+                output.age(s["created_at"]),
+            )
+            for s in snapshots
+        ],
+    )  # fmt: skip
+
+
+def _instance_table(instances: list[dict[str, Any]]) -> None:
+    output.print_table(
+        ("NAME", "ID", "STATE"), [(i["name"], i["id"], i["state"]) for i in instances]
+    )
