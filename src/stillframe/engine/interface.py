@@ -170,7 +170,7 @@ class EngineInterface(Protocol):
         """Wait for a state as the contract's section 4.5 says. NotFound if deleted meanwhile."""
 
     def logs(self, instance_id: str, *, source: str, tail: int, follow: bool) -> AsyncIterator[str]:
-        """Lines of the app, vmm or hypeman log. Raises NotFound (``log_not_found``) on first use."""
+        """Lines of the app, vmm or hypeman log. Raises NotFound (``log_not_found``)."""
 
     async def exec(self, instance_id: str, request: ExecRequest) -> ExecSession:
         """Start a command in a Running guest. Raises InvalidState, GuestFailure."""
@@ -256,7 +256,7 @@ class EngineInterface(Protocol):
         tags: Mapping[str, str] | None = None,
         credentials: Mapping[str, str] | None = None,
     ) -> Image:
-        """Begin pulling; returns at once, the status tells the progress. Built-in images are made."""
+        """Begin pulling (or making, if built in); returns at once, the status tells progress."""
 
     async def import_image(
         self, name: str, source: Path, *, tags: Mapping[str, str] | None = None

@@ -13,7 +13,7 @@ from stillframe.model.values import Hypervisor
 class EngineSettings:
     """Settings of an engine, complete and checked.
 
-    ``accelerator`` is ``auto``, ``kvm`` or ``tcg``; ``kernel_dir`` an unpacked Debian kernel package;
+    ``accelerator`` is ``auto``, ``kvm`` or ``tcg``; ``kernel_dir`` an unpacked kernel package;
     ``max_concurrent_starts`` bounds how many VMMs are being started at once.
     """
 

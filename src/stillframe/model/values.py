@@ -120,6 +120,7 @@ class Instance:
     ``image`` is the reference as requested, ``image_digest`` what it resolved to.
     ``accelerator`` is ``kvm``, ``tcg`` or ``none``: memory made under one cannot run under another.
     ``boot`` names the kernel and initrd pair (a digest) the disks and memory belong to.
+    ``boot_nonce`` marks the console lines of the boot its memory descends from.
     ``parent_snapshot_id`` / ``parent_instance_id`` say what it was forked from.
     """
 
@@ -154,6 +155,7 @@ class Instance:
     parent_snapshot_id: str | None = None
     parent_instance_id: str | None = None
     timings_ms: Mapping[str, float] = field(default_factory=dict)
+    boot_nonce: str = ""
 
     @property
     def has_snapshot(self) -> bool:

@@ -49,6 +49,13 @@ def seal(payload: Payload, facts: dict[str, Any]) -> PayloadSize:
     return measure(payload)
 
 
+def without_file(manifest: bytes, name: str) -> bytes:
+    """A sealed manifest less one of its files: for a payload that shares only the others."""
+    document = json.loads(manifest)
+    document["files"].pop(name, None)
+    return json.dumps(document, indent=1, sort_keys=True).encode()
+
+
 def measure(payload: Payload) -> PayloadSize:
     """Sizes of the payload's regular files as they are now."""
     paths = [p for p in payload.directory.iterdir() if p.is_file() and not p.is_symlink()]

@@ -1,8 +1,8 @@
 """The records: instances, snapshots, images and intents in one SQLite database.
 
-All records are also kept in memory, so reading and filtering never touches the disk; a write is one
-``BEGIN IMMEDIATE`` transaction with ``synchronous=FULL`` and happens before memory changes. A record
-that cannot be read is set aside and reported; it never hides the others.
+All records are also kept in memory, so reading and filtering never touches the disk; a write is
+one ``BEGIN IMMEDIATE`` transaction with ``synchronous=FULL`` and happens before memory changes. A
+record that cannot be read is set aside and reported; it never hides the others.
 
 Intents are the journal: a verb of several steps writes one first and removes it with its commit, so
 that what remains after a crash can be undone (``engine/recover.py``).
@@ -15,7 +15,6 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,22 +53,23 @@ class Intent:
     facts: Mapping[str, str]
 
 
-@cache
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
-    return TypeAdapter(kind)
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {
+    kind: TypeAdapter(kind) for kind in (Instance, Snapshot, Image)
+}
 
 
 def to_json(value: object) -> str:
     """A model value as JSON text."""
-    return _adapter(type(value)).dump_json(value).decode()
+    return _ADAPTERS[type(value)].dump_json(value).decode()
 
 
 def from_json(kind: type[T], text: str | bytes) -> T:
     """A model value from JSON text; unknown fields are ignored. Raises DamagedData."""
     try:
-        return _adapter(kind).validate_json(text)
+        value: T = _ADAPTERS[kind].validate_json(text)
     except ValidationError as error:
         raise DamagedData(f"a stored {kind.__name__.lower()} record cannot be read") from error
+    return value
 
 
 class Records:

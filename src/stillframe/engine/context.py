@@ -1,0 +1,278 @@
+"""What the verbs share: records, drivers, locks, live VMs and the news of state changes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from stillframe.engine.settings import EngineSettings
+from stillframe.guest.connection import AgentConnection
+from stillframe.images.boot import BootPair, build_boot_pair, load_boot_pair
+from stillframe.images.library import ImageLibrary
+from stillframe.model.errors import InvalidState, NotFound, NotSupported, StillframeError
+from stillframe.model.states import InstanceState
+from stillframe.model.units import new_id
+from stillframe.model.values import Hypervisor, Instance, Snapshot
+from stillframe.store.paths import DataDirectory
+from stillframe.store.records import Records
+from stillframe.vmm.driver import Driver, DriverProbe, Machine
+
+log = logging.getLogger("stillframe.engine")
+T = TypeVar("T")
+
+
+class Phases:
+    """Milliseconds by phase, in the order they happened."""
+
+    def __init__(self) -> None:
+        self.milliseconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    @contextlib.contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the time spent in the block to phase ``name``."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = (time.perf_counter() - began) * 1000
+            self.milliseconds[name] = round(self.milliseconds.get(name, 0.0) + spent, 3)
+
+    def total(self) -> dict[str, float]:
+        """The phases with ``total`` since this object was made."""
+        total = round((time.perf_counter() - self._began) * 1000, 3)
+        return {**self.milliseconds, "total": total}
+
+
+@dataclass(slots=True, eq=False)
+class LiveInstance:
+    """A VMM that runs, and our conversation with its guest.
+
+    ``ending`` is set by verbs that end the VMM on purpose, so that its exit is no news.
+    """
+
+    machine: Machine
+    connection: AgentConnection | None = None
+    ending: bool = False
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+class Context:
+    """Shared state of the engine. Every part is used from the event loop's thread only."""
+
+    def __init__(  # the parts are many because the verbs share nothing else
+        self,
+        settings: EngineSettings,
+        data: DataDirectory,
+        records: Records,
+        drivers: Mapping[Hypervisor, Driver],
+        images: ImageLibrary,
+        *,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        make_id: Callable[[], str] = new_id,
+    ) -> None:
+        self.settings = settings
+        self.data = data
+        self.records = records
+        self.drivers = drivers
+        self.images = images
+        self.now = now
+        self.new_id = make_id
+        self.live: dict[str, LiveInstance] = {}
+        self.starts = asyncio.Semaphore(settings.max_concurrent_starts)
+        self.snapshot_users: Counter[str] = Counter()
+        self._snapshot_idle = asyncio.Condition()
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._holders: dict[str, str] = {}
+        self._listeners: dict[str, set[asyncio.Event]] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._boot_pair: BootPair | None = None
+        self.closing = False
+
+    # -- finding ------------------------------------------------------------------------------
+    def instance(self, instance_id: str) -> Instance:
+        """The record of that id. Raises NotFound."""
+        instance = self.records.instances.get(instance_id)
+        if instance is None:
+            raise NotFound("resource not found", hint="list instances with `stillframe ps`")
+        return instance
+
+    def snapshot(self, snapshot_id: str) -> Snapshot:
+        """The snapshot of that id. Raises NotFound."""
+        snapshot = self.records.snapshots.get(snapshot_id)
+        if snapshot is None:
+            raise NotFound(
+                "snapshot not found", hint="list snapshots with `stillframe snapshot list`"
+            )
+        return snapshot
+
+    def live_instance(self, instance: Instance) -> LiveInstance:
+        """The running VMM of an instance. Raises InvalidState when there is none."""
+        live = self.live.get(instance.id)
+        if live is None:
+            raise InvalidState(
+                f"instance must be running (current state: {instance.state.value})",
+                state=instance.state.value,
+            )
+        return live
+
+    async def available_driver(self, hypervisor: Hypervisor) -> tuple[Driver, DriverProbe]:
+        """The driver and what it found here. Raises NotSupported with the reason if it cannot."""
+        driver = self.drivers.get(hypervisor)
+        if driver is None:
+            raise NotSupported(f"hypervisor {hypervisor.value} is not available in this build")
+        probe = await driver.probe()
+        if not probe.available:
+            raise NotSupported(
+                f"hypervisor {hypervisor.value} is not available: {probe.reason}", hint=probe.hint
+            )
+        return driver, probe
+
+    async def boot_pair(self, digest: str = "") -> BootPair:
+        """The kernel and initrd of that digest, or the newest for an empty one.
+
+        Raises MissingComponent when there is no kernel or agent to build it from.
+        """
+        if digest:
+            return load_boot_pair(self.data.system, digest)
+        if self._boot_pair is None:
+            self._boot_pair = await asyncio.to_thread(
+                build_boot_pair,
+                self.settings.kernel_dir,
+                self.settings.agent_binary,
+                self.data.system,
+            )
+        return self._boot_pair
+
+    # -- locks --------------------------------------------------------------------------------
+    @contextlib.asynccontextmanager
+    async def exclusive(self, instance_id: str, verb: str) -> AsyncIterator[Instance]:
+        """Hold the instance for ``verb``; yields its record as it is then. Raises NotFound."""
+        lock = self._locks.setdefault(instance_id, asyncio.Lock())
+        async with lock:
+            self._holders[instance_id] = verb
+            try:
+                yield self.instance(instance_id)
+            finally:
+                self._holders.pop(instance_id, None)
+                if instance_id not in self.records.instances:
+                    self._locks.pop(instance_id, None)
+
+    @contextlib.asynccontextmanager
+    async def using(self, snapshot_id: str) -> AsyncIterator[Snapshot]:
+        """Keep a snapshot's files in place during the block. Raises NotFound."""
+        snapshot = self.snapshot(snapshot_id)
+        self.snapshot_users[snapshot_id] += 1
+        try:
+            yield snapshot
+        finally:
+            self.snapshot_users[snapshot_id] -= 1
+            async with self._snapshot_idle:
+                self._snapshot_idle.notify_all()
+
+    async def snapshot_unused(self, snapshot_id: str) -> None:
+        """Return when nobody is ``using`` the snapshot any more."""
+        async with self._snapshot_idle:
+            await self._snapshot_idle.wait_for(lambda: not self.snapshot_users[snapshot_id])
+        del self.snapshot_users[snapshot_id]
+
+    # -- state --------------------------------------------------------------------------------
+    def moved(self, instance: Instance, state: InstanceState, **changes: Any) -> Instance:
+        """``instance`` in its next state (not yet written), with its phase accounting."""
+        now = self.now()
+        durations = dict(instance.phase_durations_ms)
+        if instance.phase_since is not None:
+            spent = max(timedelta(0), now - instance.phase_since)
+            phase = instance.state.phase
+            durations[phase] = durations.get(phase, 0) + int(spent / timedelta(milliseconds=1))
+        changes.setdefault("state_error", None)
+        return replace(
+            instance, state=state, phase_since=now, phase_durations_ms=durations, **changes
+        )
+
+    def commit(self, instance: Instance, *, fulfils: str | None = None, note: str = "") -> Instance:
+        """Write the record, tell whoever waits, and note it in the operations log."""
+        self.records.put_instance(instance, fulfils=fulfils)
+        self.note(instance.id, note or f"state is {instance.state.value}")
+        self.announce(instance.id)
+        return instance
+
+    def forget(self, instance_id: str) -> None:
+        """Drop the record of an instance and tell whoever waits."""
+        self.records.drop_instance(instance_id)
+        self.announce(instance_id)
+
+    def announce(self, instance_id: str) -> None:
+        """Wake everyone who listens for changes of an instance."""
+        for event in self._listeners.get(instance_id, ()):
+            event.set()
+
+    @contextlib.contextmanager
+    def listening(self, instance_id: str) -> Iterator[asyncio.Event]:
+        """An event set at every change of the instance; clear it before looking."""
+        event = asyncio.Event()
+        listeners = self._listeners.setdefault(instance_id, set())
+        listeners.add(event)
+        try:
+            yield event
+        finally:
+            listeners.discard(event)
+            if not listeners:
+                self._listeners.pop(instance_id, None)
+
+    def note(self, instance_id: str, text: str) -> None:
+        """Add a line to the operations log of an instance, if it still has a directory."""
+        path = self.data.instance(instance_id).log("hypeman")
+        line = f"{self.now().isoformat(timespec='milliseconds')} {text}\n"
+        with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
+            file.write(line)
+        log.info("%s: %s", instance_id, text)
+
+    # -- tasks --------------------------------------------------------------------------------
+    def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        """Run ``work`` in the background under supervision: failures are logged, ``close`` waits."""
+        task = asyncio.create_task(work, name=name)
+        self._background.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            expected = isinstance(error, StillframeError)
+            log.warning("%s: %s", task.get_name(), error, exc_info=None if expected else error)
+
+    async def cancel_background(self) -> None:
+        """Cancel what runs in the background and wait for it."""
+        tasks = list(self._background)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def finish(work: Awaitable[T]) -> T:
+    """Await ``work`` to its end even when we are cancelled meanwhile; then pass the cancellation on.
+
+    For steps that must not be left half-done, such as the time a guest stands still.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if not task.done():
+            await asyncio.wait([task])
+        raise
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a small file that must not exist yet. Raises OSError."""
+    with path.open("xb") as file:
+        file.write(data)

@@ -1,0 +1,248 @@
+"""Forks: a new instance from a snapshot or from another instance.
+
+A fork maps its parent's memory image by a hard link of its own, so its cost does not depend on the
+guest's memory, and nobody's deletion takes the image from under it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from stillframe.engine.capture import capture
+from stillframe.engine.context import Context, Phases
+from stillframe.engine.create import make_directory
+from stillframe.engine.machines import boot_and_commit, end
+from stillframe.engine.standby import enter_standby, run_loaded
+from stillframe.engine.wait import reached
+from stillframe.host.files import clone, fsync_directory, fsync_file, remove_tree, storage_errors
+from stillframe.images.boot import write_config_disk
+from stillframe.model.errors import Conflict, InvalidRequest, NameConflict
+from stillframe.model.states import InstanceState, Verb, permission
+from stillframe.model.units import check_name
+from stillframe.model.values import Hypervisor, Instance, Snapshot, SnapshotKind
+from stillframe.store.paths import Payload
+from stillframe.store.payloads import check, without_file
+from stillframe.store.records import Intent
+
+_TARGETS: dict[SnapshotKind, tuple[InstanceState, ...]] = {  # the default comes first
+    SnapshotKind.STANDBY: (InstanceState.RUNNING, InstanceState.STANDBY, InstanceState.STOPPED),
+    SnapshotKind.STOPPED: (InstanceState.STOPPED, InstanceState.RUNNING),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a fork starts from: the instance as it was, its disk, and its memory if it has any."""
+
+    template: Instance
+    overlay: Path
+    memory: Payload | None
+    snapshot_id: str | None = None
+
+
+def target_of(kind: SnapshotKind, wanted: InstanceState | None) -> InstanceState:
+    """The state to bring a snapshot of ``kind`` to. Raises InvalidRequest for a forbidden one."""
+    allowed = _TARGETS[kind]
+    target = wanted or allowed[0]
+    if target not in allowed:
+        raise InvalidRequest(
+            f"a {kind.value} snapshot cannot be brought to {target.value}",
+            hint="target_state may be " + ", ".join(state.value for state in allowed),
+        )
+    return target
+
+
+async def target_hypervisor_of(
+    context: Context, snapshot: Snapshot, wanted: Hypervisor | None
+) -> Hypervisor:
+    """The hypervisor to run a snapshot under. Raises InvalidRequest, NotSupported."""
+    if wanted is None:
+        return snapshot.source_hypervisor
+    if snapshot.kind is SnapshotKind.STANDBY:
+        raise InvalidRequest(
+            "target_hypervisor is only possible for Stopped snapshots",
+            hint="memory can only run under the hypervisor that captured it",
+        )
+    await context.available_driver(wanted)
+    return wanted
+
+
+async def fork_snapshot(
+    context: Context,
+    snapshot_id: str,
+    *,
+    name: str,
+    target_state: InstanceState | None = None,
+    target_hypervisor: Hypervisor | None = None,
+) -> Instance:
+    """A new instance from a snapshot, in the target state on return.
+
+    Raises InvalidRequest, NotFound, Conflict (name), DamagedData, NotSupported, StorageFull,
+    VmmFailure, GuestFailure; then nothing of the fork is left.
+    """
+    check_name(name)
+    phases = Phases()
+    async with context.using(snapshot_id) as snapshot:
+        target = target_of(snapshot.kind, target_state)
+        hypervisor = await target_hypervisor_of(context, snapshot, target_hypervisor)
+        payload = context.data.snapshot(snapshot_id)
+        with phases.measure("check"):
+            await asyncio.to_thread(check, payload)
+        memory = payload if snapshot.kind is SnapshotKind.STANDBY else None
+        template = replace(snapshot.template, hypervisor=hypervisor)
+        source = Source(template, payload.overlay, memory, snapshot_id)
+        try:
+            return await _fork(context, source, name, target, phases)
+        except NameConflict as error:
+            raise Conflict(error.message, hint=error.hint, name=name) from error
+
+
+async def fork_instance(
+    context: Context,
+    instance_id: str,
+    *,
+    name: str,
+    from_running: bool = False,
+    target_state: InstanceState | None = None,
+) -> Instance:
+    """A new instance from another one; a Running source (``from_running``) stays Running.
+
+    Raises InvalidRequest, NotFound, InvalidState, NameConflict and what ``fork_snapshot`` raises.
+    """
+    check_name(name)
+    phases = Phases()
+    async with contextlib.AsyncExitStack() as held:
+        instance = await held.enter_async_context(context.exclusive(instance_id, "fork"))
+        permission(Verb.FORK_RUNNING if from_running else Verb.FORK, instance.state)
+        target = target_state or instance.state
+        if target not in _TARGETS[SnapshotKind.STANDBY]:
+            raise InvalidRequest(f"target_state cannot be {target.value}")
+        if context.records.instance_by_name(name) is not None:
+            raise _name_taken(name)
+        source = await _source_of(context, instance, held, phases)
+        return await _fork(context, source, name, target, phases)
+
+
+async def _source_of(
+    context: Context, instance: Instance, held: contextlib.AsyncExitStack, phases: Phases
+) -> Source:
+    paths = context.data.instance(instance.id)
+    template = replace(instance, process=None)
+    if instance.state is InstanceState.RUNNING:
+        capture_id = context.new_id()
+        payload = context.data.snapshot_new(capture_id)
+        context.records.intend(Intent(capture_id, "snapshot", {"source": instance.id}))
+        held.callback(context.records.fulfil, capture_id)
+        held.callback(remove_tree, payload.directory)
+        with storage_errors("make room for the capture"):
+            payload.directory.mkdir(mode=0o700)
+        await capture(context, instance, context.live_instance(instance), payload, phases)
+        return Source(template, payload.overlay, payload)
+    if instance.state is InstanceState.STANDBY:
+        await asyncio.to_thread(check, paths.standby)
+        return Source(template, paths.overlay, paths.standby)
+    return Source(template, paths.overlay, None)
+
+
+async def _fork(
+    context: Context, source: Source, name: str, target: InstanceState, phases: Phases
+) -> Instance:
+    """Make the fork and bring it to ``target``; undo all of it on failure."""
+    child = _child_of(context, source, name)
+    async with contextlib.AsyncExitStack() as undo:
+        try:
+            context.records.reserve_instance(child, Intent(child.id, "fork", {}))
+        except NameConflict as error:
+            raise _name_taken(name) from error
+        undo.callback(context.forget, child.id)
+        with phases.measure("disk"):
+            await asyncio.to_thread(_make_disks, context, child, source, undo)
+        undo.push_async_callback(end, context, child.id)
+        child = await _bring_to(context, child, source, target, phases)
+        undo.pop_all()
+    return child
+
+
+def _child_of(context: Context, source: Source, name: str) -> Instance:
+    """The record of a fork: inherited but for identity, history and what belongs to one life."""
+    template, now = source.template, context.now()
+    return replace(
+        template,
+        id=context.new_id(),
+        name=name,
+        state=InstanceState.CREATED,
+        created_at=now,
+        phase_since=now,
+        phase_durations_ms={},
+        process=None,
+        started_at=None,
+        stopped_at=None,
+        exit_code=None,
+        exit_message=None,
+        state_error=None,
+        timings_ms={},
+        parent_snapshot_id=source.snapshot_id or template.parent_snapshot_id,
+        parent_instance_id=None if source.snapshot_id else template.id,
+    )
+
+
+def _make_disks(
+    context: Context, child: Instance, source: Source, undo: contextlib.AsyncExitStack
+) -> None:
+    paths = context.data.instance(child.id)
+    with storage_errors("clone the disk"), contextlib.ExitStack() as local:
+        make_directory(paths.directory, local)
+        clone(source.overlay, paths.overlay)
+        # The configuration disk is only read at boot, but a loaded guest needs it to be there.
+        write_config_disk(paths.config, [])
+        undo.callback(local.pop_all().close)
+
+
+async def _bring_to(
+    context: Context, child: Instance, source: Source, target: InstanceState, phases: Phases
+) -> Instance:
+    if source.memory is not None and target is InstanceState.RUNNING:
+        return await run_loaded(
+            context, child, source.memory, phases, fulfils=child.id, note="forked"
+        )
+    if source.memory is not None and target is InstanceState.STANDBY:
+        await asyncio.to_thread(_link_standby, context, child, source.memory)
+        return _commit_resting(context, child, InstanceState.STANDBY)
+    if target is InstanceState.STOPPED:
+        return _commit_resting(context, child, InstanceState.STOPPED)
+    booting = await boot_and_commit(context, child, fulfils=child.id, note="forked")
+    if target is InstanceState.RUNNING:
+        return booting
+    running = await reached(context, child.id, InstanceState.RUNNING, context.settings.boot_timeout)
+    return await enter_standby(context, running)
+
+
+def _link_standby(context: Context, child: Instance, memory: Payload) -> None:
+    standby = context.data.instance(child.id).standby
+    with storage_errors("share the memory image"):
+        standby.directory.mkdir(mode=0o700)
+        os.link(memory.memory, standby.memory)
+        os.link(memory.devices, standby.devices)
+        # The manifest of a snapshot lists its disk too; here the disk lies beside.
+        standby.manifest.write_bytes(without_file(memory.manifest.read_bytes(), "overlay.raw"))
+        for path in (standby.manifest, context.data.instance(child.id).overlay):
+            fsync_file(path)
+        fsync_directory(standby.directory)
+
+
+def _commit_resting(context: Context, child: Instance, state: InstanceState) -> Instance:
+    with storage_errors("store the fork"):
+        fsync_file(context.data.instance(child.id).overlay)
+        fsync_directory(context.data.instance(child.id).directory)
+    resting = context.moved(child, state, stopped_at=context.now())
+    return context.commit(resting, fulfils=child.id, note="forked")
+
+
+def _name_taken(name: str) -> NameConflict:
+    return NameConflict(
+        f"an instance named {name!r} already exists", hint="choose another name", name=name
+    )

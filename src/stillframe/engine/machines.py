@@ -1,0 +1,281 @@
+"""From files to a running guest and back: the steps that several verbs share.
+
+``boot`` and ``load`` start a VMM, ``attach`` makes it one of ours and watches it, ``connect`` and
+``identify`` talk to its guest, ``end`` ends it. They write no records; the verbs commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import secrets
+import time
+import uuid
+from pathlib import Path
+
+from stillframe.engine.context import Context, LiveInstance
+from stillframe.guest.connection import AgentConnection
+from stillframe.guest.identity import identify
+from stillframe.host.files import create_sparse, storage_errors
+from stillframe.images.boot import BootPair, write_config_disk
+from stillframe.model.errors import DamagedData, NotSupported, StillframeError
+from stillframe.model.states import InstanceState
+from stillframe.model.values import Hypervisor, Image, Instance
+from stillframe.vmm.driver import Disk, Machine, MachineResources, MachineSpec
+
+_NO_KERNEL = BootPair(digest="", kernel=Path("/dev/null"), initrd=Path("/dev/null"), arguments="")
+_EXIT_LINE = re.compile(
+    rb'STILLFRAME-EXIT nonce=(\w+) code=(-?\d+)(?: message="([^"\n]*)")?', re.MULTILINE
+)
+# The user-mode network is the same in every VM, so that a fork needs no change inside.
+_NETWORK = (("address", "10.0.2.15/24"), ("gateway", "10.0.2.2"), ("dns", "10.0.2.3"))
+
+
+def machine_id(instance_id: str) -> str:
+    """The guest's /etc/machine-id: 32 hex digits, one for each instance."""
+    return hashlib.blake2s(instance_id.encode(), digest_size=16).hexdigest()
+
+
+def spec_of(instance: Instance) -> MachineSpec:
+    """The part of the VM that its memory depends on."""
+    return MachineSpec(
+        memory_bytes=instance.memory_bytes,
+        vcpus=instance.vcpus,
+        accelerator=instance.accelerator,
+        network=instance.network_enabled,
+    )
+
+
+async def resources_of(
+    context: Context, instance: Instance, device_state: Path | None = None
+) -> MachineResources:
+    """The files and identity this host gives to the instance's VMM. Raises MissingComponent."""
+    paths = context.data.instance(instance.id)
+    fake = instance.hypervisor is Hypervisor.FAKE
+    pair = _NO_KERNEL if fake else await context.boot_pair(instance.boot)
+    return MachineResources(
+        directory=paths.directory,
+        memory_image=paths.memory,
+        disks=(
+            Disk(context.images.root_disk(instance.image_digest), readonly=True),
+            Disk(paths.overlay, readonly=False),
+            Disk(paths.config, readonly=True),
+        ),
+        kernel=pair.kernel,
+        initrd=pair.initrd,
+        kernel_arguments=pair.arguments,
+        generation_id=uuid.uuid4(),
+        console_log=paths.log("app"),
+        vmm_log=paths.log("vmm"),
+        device_state=device_state,
+    )
+
+
+def write_config(context: Context, instance: Instance, image: Image) -> None:
+    """Write the boot configuration disk: what to run, as whom, where. Raises StorageFull."""
+    config = image.config
+    entrypoint = config.entrypoint if instance.entrypoint is None else instance.entrypoint
+    # As in OCI runtimes: a new entrypoint discards the image's cmd.
+    default_cmd = config.cmd if instance.entrypoint is None else ()
+    command = entrypoint + (default_cmd if instance.cmd is None else instance.cmd)
+    environment = {**config.env, **instance.env}
+    pairs = [("arg", part) for part in command]
+    pairs += [("env", f"{key}={value}") for key, value in environment.items()]
+    pairs += [
+        ("cwd", config.working_dir or "/"),
+        ("user", config.user),
+        ("hostname", instance.name),
+        ("machine_id", machine_id(instance.id)),
+        ("instance_id", instance.id),
+        ("nonce", instance.boot_nonce),
+        ("network", "1" if instance.network_enabled else "0"),
+        ("seed", secrets.token_hex(64)),
+    ]
+    pairs += _NETWORK if instance.network_enabled else ()
+    path = context.data.instance(instance.id).config
+    with storage_errors("write the boot configuration"):
+        path.unlink(missing_ok=True)
+        write_config_disk(path, pairs)
+
+
+async def boot(context: Context, instance: Instance, image: Image) -> Machine:
+    """Cold-boot an instance whose disks are in place; its guest runs on return.
+
+    ``instance.boot_nonce`` must be fresh. Raises VmmFailure, MissingComponent, StorageFull.
+    """
+    paths = context.data.instance(instance.id)
+    driver, _ = await context.available_driver(instance.hypervisor)
+    await asyncio.to_thread(write_config, context, instance, image)
+    with storage_errors("make the memory image"):
+        paths.memory.unlink(missing_ok=True)
+        create_sparse(paths.memory, instance.memory_bytes)
+    async with context.starts:
+        return await driver.start(spec_of(instance), await resources_of(context, instance))
+
+
+async def load(context: Context, instance: Instance, devices: Path) -> Machine:
+    """Start a VMM on the instance's memory image with loaded devices; the guest stands still.
+
+    Raises NotSupported when memory made elsewhere cannot run here, VmmFailure.
+    """
+    driver, probe = await context.available_driver(instance.hypervisor)
+    for what, then, here in (
+        ("version", instance.hypervisor_version, probe.version),
+        ("accelerator", instance.accelerator, probe.accelerator),
+    ):
+        if then != here:
+            raise NotSupported(
+                f"memory was captured with {instance.hypervisor.value} {what} {then}, "
+                f"this host has {here}",
+                hint="fork a Stopped snapshot, or use the same hypervisor as at the capture",
+            )
+    async with context.starts:
+        resources = await resources_of(context, instance, devices)
+        return await driver.start(spec_of(instance), resources)
+
+
+def attach(context: Context, instance: Instance, machine: Machine) -> LiveInstance:
+    """Make a started VMM the live VMM of ``instance`` and watch for its exit."""
+    live = LiveInstance(machine)
+    context.live[instance.id] = live
+    context.spawn(_watch(context, instance.id, live), name=f"watch {instance.id}")
+    return live
+
+
+async def connect(context: Context, live: LiveInstance, timeout: float) -> AgentConnection:
+    """The connection to the guest agent, made if there is none. Raises GuestFailure."""
+    if live.connection is None or live.connection.closed:
+        stream = await live.machine.dial_agent()
+        live.connection = await AgentConnection.open(stream, deadline=timeout)
+    return live.connection
+
+
+async def identify_guest(context: Context, instance: Instance, live: LiveInstance) -> None:
+    """Make a restored or forked guest itself: entropy, clock, names. Raises GuestFailure."""
+    connection = await connect(context, live, context.settings.agent_timeout)
+    await identify(
+        connection,
+        seed=secrets.token_bytes(64),
+        time_ns=time.time_ns,
+        hostname=instance.name,
+        machine_id=machine_id(instance.id),
+        instance_id=instance.id,
+    )
+
+
+async def end(context: Context, instance_id: str) -> None:
+    """Kill the live VMM of an instance, if any, and forget it. Raises VmmFailure."""
+    live = context.live.get(instance_id)
+    if live is None:
+        return
+    live.ending = True
+    if live.connection is not None:
+        await live.connection.close()
+    await live.machine.kill()
+    if context.live.get(instance_id) is live:
+        del context.live[instance_id]
+
+
+def announce_ready(context: Context, instance: Instance, live: LiveInstance) -> None:
+    """In the background, wait for the guest's agent and workload, then commit Running."""
+    context.spawn(_await_ready(context, instance.id, live), name=f"boot {instance.id}")
+
+
+async def _await_ready(context: Context, instance_id: str, live: LiveInstance) -> None:
+    connection = await connect(context, live, context.settings.boot_timeout)
+    await connection.wait_workload(context.settings.boot_timeout)
+    instance = context.records.instances.get(instance_id)
+    current = context.live.get(instance_id) is live and not live.ending
+    if instance is not None and current and instance.state is InstanceState.INITIALIZING:
+        context.commit(context.moved(instance, InstanceState.RUNNING))
+
+
+async def _watch(context: Context, instance_id: str, live: LiveInstance) -> None:
+    """Record the end of a VMM that nobody asked to end; boot it again after a guest reboot."""
+    await live.machine.wait_exit()
+    if live.ending or context.closing:
+        return
+    async with context.exclusive(instance_id, "VMM exit") as instance:
+        if context.live.get(instance_id) is not live or live.ending:
+            return
+        del context.live[instance_id]
+        if live.connection is not None:
+            await live.connection.close()
+        await live.machine.close()
+        if live.machine.shutdown_reason == "guest-reset":
+            await _reboot(context, instance)
+        else:
+            commit_exit(context, instance)
+
+
+def commit_exit(context: Context, instance: Instance) -> Instance:
+    """Commit Stopped for an instance whose VMM is gone, with the workload's exit code if known."""
+    code, message = exit_of(context, instance)
+    stopped = context.moved(
+        instance, InstanceState.STOPPED, process=None, stopped_at=context.now(),
+        exit_code=code, exit_message=message,
+    )  # fmt: skip
+    return context.commit(stopped, note=f"the VMM ended; exit code {code}")
+
+
+async def _reboot(context: Context, instance: Instance) -> None:
+    """Boot cold on the same disks: after a reset of the guest its memory is worthless."""
+    try:
+        await boot_and_commit(context, instance, note="the guest rebooted")
+    except StillframeError as error:
+        context.note(instance.id, f"could not boot again: {error}")
+        commit_exit(context, instance)
+
+
+async def boot_and_commit(
+    context: Context, instance: Instance, *, fulfils: str | None = None, note: str = ""
+) -> Instance:
+    """Boot with a fresh nonce, commit Initializing, and wait for Running in the background.
+
+    On failure the VMM is gone and nothing is committed. Raises what ``boot`` raises.
+    """
+    image = context.images.by_digest(instance.image_digest)
+    _, probe = await context.available_driver(instance.hypervisor)
+    pair = "" if instance.hypervisor is Hypervisor.FAKE else (await context.boot_pair()).digest
+    instance = context.moved(
+        instance, InstanceState.INITIALIZING,
+        boot_nonce=secrets.token_hex(8), boot=pair,
+        hypervisor_version=probe.version, accelerator=probe.accelerator,
+        started_at=context.now(), stopped_at=None, exit_code=None, exit_message=None,
+    )  # fmt: skip
+    machine = await boot(context, instance, image)
+    try:
+        instance = context.moved(instance, InstanceState.INITIALIZING, process=machine.process)
+        context.commit(instance, fulfils=fulfils, note=note)
+    except BaseException:
+        await machine.kill()
+        raise
+    live = attach(context, instance, machine)
+    announce_ready(context, instance, live)
+    return instance
+
+
+def exit_of(context: Context, instance: Instance) -> tuple[int | None, str | None]:
+    """Exit code and message of the workload, from the console line that bears the boot's nonce."""
+    path = context.data.instance(instance.id).log("app")
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 65536))
+            tail = file.read()
+    except OSError:
+        return None, None
+    for nonce, code, message in reversed(_EXIT_LINE.findall(tail)):
+        if nonce.decode() == instance.boot_nonce:
+            return int(code), message.decode(errors="replace") or None
+    return None, None
+
+
+def check_loadable(devices: Path, memory: Path, instance: Instance) -> None:
+    """Refuse a memory image that cannot be this instance's. Raises DamagedData."""
+    if not devices.exists() or not memory.exists():
+        raise DamagedData("the memory image or device state is missing")
+    if memory.stat().st_size != instance.memory_bytes:
+        raise DamagedData("the memory image has the wrong size")

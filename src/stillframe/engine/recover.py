@@ -1,0 +1,111 @@
+"""Recovery at start: unfinished intents are undone, living VMs adopted, everything else ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from stillframe.engine.context import Context
+from stillframe.engine.machines import (
+    announce_ready,
+    attach,
+    commit_exit,
+    connect,
+    identify_guest,
+    resources_of,
+)
+from stillframe.engine.restore_snapshot import put_back
+from stillframe.host.files import remove_tree
+from stillframe.host.orphans import kill_orphans
+from stillframe.model.errors import StillframeError
+from stillframe.model.states import InstanceState
+from stillframe.model.values import Instance
+from stillframe.store.records import Intent
+from stillframe.vmm.driver import MachineStatus
+
+log = logging.getLogger("stillframe.recover")
+
+
+async def recover(context: Context) -> None:
+    """Bring records, files and processes into agreement after any kind of end."""
+    for table, identifier in context.records.damaged:
+        log.error("record %s in %s cannot be read; it is left alone", identifier, table)
+    expected = {
+        instance.process.pid
+        for instance in context.records.instances.values()
+        if instance.process is not None and instance.id not in context.records.intents
+    }
+    for pid in kill_orphans(context.data.instances, expected):
+        log.warning("ended process %d, a VMM that no record knows", pid)
+    for intent in list(context.records.intents.values()):
+        await asyncio.to_thread(_undo_files, context, intent)
+        _undo_records(context, intent)
+    await asyncio.gather(
+        *(_settle(context, instance) for instance in list(context.records.instances.values()))
+    )
+
+
+def _undo_files(context: Context, intent: Intent) -> None:
+    data, subject = context.data, intent.subject
+    match intent.verb:
+        case "create" | "fork" | "delete":
+            remove_tree(data.instance(subject).directory)
+        case "snapshot":
+            remove_tree(data.snapshot_new(subject).directory)
+            remove_tree(data.snapshot(subject).directory)
+        case "delete snapshot":
+            remove_tree(data.snapshot(subject).directory)
+        case "restore snapshot":
+            put_back(data.instance(subject), data.instance_previous(subject))
+            remove_tree(data.instance_staged(subject).directory)
+
+
+def _undo_records(context: Context, intent: Intent) -> None:
+    log.warning("%s of %s was interrupted; it has been undone", intent.verb, intent.subject)
+    if intent.verb in ("create", "fork", "delete"):
+        context.records.drop_instance(intent.subject)
+    else:
+        context.records.fulfil(intent.subject)
+
+
+async def _settle(context: Context, instance: Instance) -> None:
+    """Adopt the VMM of one instance, or record that it is gone; clear what a crash left."""
+    paths = context.data.instance(instance.id)
+    remove_tree(paths.standby_new.directory)
+    remove_tree(context.data.instance_previous(instance.id).directory)
+    if instance.state is not InstanceState.STANDBY:
+        remove_tree(paths.standby.directory)
+    if not instance.state.has_vmm:
+        return
+    try:
+        await _adopt(context, instance)
+    except StillframeError as error:
+        log.info("instance %s is not running any more: %s", instance.name, error)
+        if instance.process is not None:
+            kill_orphans(paths.directory, ())
+        commit_exit(context, instance)
+
+
+async def _adopt(context: Context, instance: Instance) -> None:
+    if instance.process is None:
+        raise StillframeError("it has no process")
+    driver, _ = await context.available_driver(instance.hypervisor)
+    machine = await driver.adopt(instance.process, await resources_of(context, instance))
+    live = attach(context, instance, machine)
+    if await machine.status() is MachineStatus.PAUSED:  # the server died while it stood still
+        await machine.resume()
+    if instance.state is InstanceState.INITIALIZING:
+        announce_ready(context, instance, live)
+    else:
+        context.spawn(_greet(context, instance), name=f"greet {instance.id}")
+    context.note(instance.id, "adopted by a new server")
+
+
+async def _greet(context: Context, instance: Instance) -> None:
+    """Reach the agent of an adopted guest; its identity may not have been set before the crash."""
+    live = context.live.get(instance.id)
+    if live is not None:
+        with contextlib.suppress(StillframeError):
+            await connect(context, live, context.settings.agent_timeout)
+            await identify_guest(context, instance, live)

@@ -1,0 +1,160 @@
+"""Restore in place: an instance goes back to one of its snapshots.
+
+The restored state is prepared beside and takes the instance's place by a rename; the old state is
+kept until the new one runs, and put back if it does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from dataclasses import replace
+
+from stillframe.engine.context import Context, Phases
+from stillframe.engine.fork import target_hypervisor_of, target_of
+from stillframe.engine.machines import boot_and_commit, end
+from stillframe.engine.standby import run_loaded
+from stillframe.host.files import (
+    clone,
+    fsync_directory,
+    fsync_file,
+    remove_tree,
+    storage_errors,
+)
+from stillframe.images.boot import write_config_disk
+from stillframe.model.errors import InvalidRequest
+from stillframe.model.states import InstanceState, Verb, permission
+from stillframe.model.values import Hypervisor, Instance, Snapshot
+from stillframe.store.paths import InstancePaths, Payload
+from stillframe.store.payloads import check, without_file
+from stillframe.store.records import Intent
+
+
+async def restore_snapshot(
+    context: Context,
+    instance_id: str,
+    snapshot_id: str,
+    *,
+    target_state: InstanceState | None = None,
+    target_hypervisor: Hypervisor | None = None,
+) -> Instance:
+    """Put a Stopped or Standby instance back to one of its own snapshots.
+
+    Raises InvalidRequest (another instance's snapshot, target), NotFound, InvalidState,
+    DamagedData, NotSupported, StorageFull, VmmFailure, GuestFailure; the instance is then as before.
+    """
+    async with (
+        context.exclusive(instance_id, "restore snapshot") as instance,
+        context.using(snapshot_id) as snapshot,
+    ):
+        if snapshot.source_instance_id != instance_id:
+            raise InvalidRequest(
+                "the snapshot belongs to another instance",
+                hint="fork it instead",
+                source_instance_id=snapshot.source_instance_id,
+            )
+        target = target_of(snapshot.kind, target_state)
+        hypervisor = await target_hypervisor_of(context, snapshot, target_hypervisor)
+        permission(Verb.RESTORE_SNAPSHOT, instance.state)
+        payload = context.data.snapshot(snapshot_id)
+        await asyncio.to_thread(check, payload)
+        restored = _restored(context, instance, snapshot, hypervisor)
+        return await _swap(context, instance, restored, payload, target)
+
+
+def _restored(
+    context: Context, instance: Instance, snapshot: Snapshot, hypervisor: Hypervisor
+) -> Instance:
+    """The snapshot's record under the instance's identity, its life cleared."""
+    return replace(
+        snapshot.template,
+        id=instance.id,
+        name=instance.name,
+        created_at=instance.created_at,
+        phase_since=instance.phase_since,
+        phase_durations_ms=instance.phase_durations_ms,
+        hypervisor=hypervisor,
+        process=None,
+        started_at=None,
+        stopped_at=None,
+        exit_code=None,
+        exit_message=None,
+        timings_ms={},
+        state=instance.state,
+        parent_snapshot_id=snapshot.id,
+    )
+
+
+async def _swap(
+    context: Context,
+    instance: Instance,
+    restored: Instance,
+    payload: Payload,
+    target: InstanceState,
+) -> Instance:
+    data, phases = context.data, Phases()
+    current, staged = data.instance(instance.id), data.instance_staged(instance.id)
+    previous = data.instance_previous(instance.id)
+    async with contextlib.AsyncExitStack() as undo:
+        context.records.intend(Intent(instance.id, "restore snapshot", {}))
+        undo.callback(context.records.fulfil, instance.id)
+        undo.callback(remove_tree, staged.directory)
+        with phases.measure("disk"), storage_errors("stage the snapshot"):
+            await asyncio.to_thread(_stage, current, staged, payload, target)
+        with storage_errors("put the restored state in place"):
+            current.directory.rename(previous.directory)
+            undo.callback(put_back, current, previous)
+            staged.directory.rename(current.directory)
+            fsync_directory(data.instances)
+        undo.push_async_callback(end, context, instance.id)
+        result = await _run(context, restored, payload, target, phases)
+        undo.pop_all()
+    await asyncio.to_thread(remove_tree, previous.directory)
+    return result
+
+
+def _stage(
+    current: InstancePaths, staged: InstancePaths, payload: Payload, target: InstanceState
+) -> None:
+    """Build the restored instance directory beside the current one; its logs are shared."""
+    remove_tree(staged.directory)
+    (staged.directory / "logs").mkdir(parents=True, mode=0o700)
+    for log in (current.directory / "logs").iterdir():
+        os.link(log, staged.directory / "logs" / log.name)
+    clone(payload.overlay, staged.overlay)
+    write_config_disk(staged.config, [])
+    if target is InstanceState.STANDBY:
+        standby = staged.standby
+        standby.directory.mkdir(mode=0o700)
+        os.link(payload.memory, standby.memory)
+        os.link(payload.devices, standby.devices)
+        standby.manifest.write_bytes(without_file(payload.manifest.read_bytes(), "overlay.raw"))
+        fsync_file(standby.manifest)
+        fsync_directory(standby.directory)
+    fsync_file(staged.overlay)
+    fsync_directory(staged.directory)
+
+
+def put_back(current: InstancePaths, previous: InstancePaths) -> None:
+    """Give an instance its old state again after a failed or interrupted restore."""
+    if previous.directory.exists():
+        remove_tree(current.directory)
+        previous.directory.rename(current.directory)
+        fsync_directory(current.directory.parent)
+
+
+async def _run(
+    context: Context, restored: Instance, payload: Payload, target: InstanceState, phases: Phases
+) -> Instance:
+    loaded = payload.memory.exists()
+    if target is InstanceState.RUNNING and loaded:
+        return await run_loaded(
+            context, restored, payload, phases, fulfils=restored.id, note="snapshot restored"
+        )
+    if target is InstanceState.RUNNING:
+        return await boot_and_commit(
+            context, restored, fulfils=restored.id, note="snapshot restored"
+        )
+    resting = context.moved(restored, target, stopped_at=context.now())
+    return context.commit(resting, fulfils=restored.id, note="snapshot restored")

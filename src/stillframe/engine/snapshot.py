@@ -1,0 +1,161 @@
+"""Snapshots: create, list, delete. A Running source stays Running."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Mapping
+
+from stillframe.engine.capture import capture, manifest_facts
+from stillframe.engine.context import Context, Phases
+from stillframe.engine.standby import refuse_compression
+from stillframe.host.files import clone, remove_tree, storage_errors
+from stillframe.model.errors import Conflict, InvalidRequest, NameConflict
+from stillframe.model.states import InstanceState, Verb, permission
+from stillframe.model.units import check_name, check_tags
+from stillframe.model.values import (
+    CompressionConfig,
+    Instance,
+    Snapshot,
+    SnapshotKind,
+)
+from stillframe.store.paths import Payload
+from stillframe.store.payloads import PayloadSize, check, publish, seal
+from stillframe.store.records import Intent
+
+
+async def snapshot(
+    context: Context,
+    instance_id: str,
+    *,
+    kind: SnapshotKind,
+    name: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    compression: CompressionConfig | None = None,
+) -> Snapshot:
+    """Capture an instance. Data, manifest and record are on disk, in that order, on return.
+
+    Raises InvalidRequest, NotFound, Conflict (state or name), StorageFull, VmmFailure; then the
+    source is as before and nothing is left.
+    """
+    if name is not None:
+        check_name(name, what="snapshot name")
+    tags = check_tags(tags)
+    if kind is SnapshotKind.STOPPED and compression is not None and compression.enabled:
+        raise InvalidRequest("a Stopped snapshot has no memory to compress")
+    refuse_compression(compression)
+    async with context.exclusive(instance_id, "snapshot") as instance:
+        verb = Verb.SNAPSHOT_STANDBY if kind is SnapshotKind.STANDBY else Verb.SNAPSHOT_STOPPED
+        permission(verb, instance.state, refusal_code="conflict")
+        if name is not None and context.records.snapshot_name_taken(instance_id, name):
+            raise _name_taken(name)
+        return await _take(context, instance, kind, name, tags)
+
+
+async def _take(
+    context: Context,
+    instance: Instance,
+    kind: SnapshotKind,
+    name: str | None,
+    tags: Mapping[str, str],
+) -> Snapshot:
+    snapshot_id = context.new_id()
+    building, final = context.data.snapshot_new(snapshot_id), context.data.snapshot(snapshot_id)
+    phases = Phases()
+    facts = {"source": instance.id, "name": name or ""}
+    context.records.intend(Intent(snapshot_id, "snapshot", facts))
+    async with contextlib.AsyncExitStack() as undo:
+        undo.callback(context.records.fulfil, snapshot_id)
+        undo.callback(remove_tree, final.directory)
+        undo.callback(remove_tree, building.directory)
+        with storage_errors("make room for the snapshot"):
+            building.directory.mkdir(mode=0o700)
+        size, pause_ms = await _fill(context, instance, building, phases)
+        with phases.measure("publish"), storage_errors("store the snapshot"):
+            publish(building, final)
+        taken = _record(context, instance, snapshot_id, kind, size, pause_ms, phases, name, tags)
+        try:
+            context.records.put_snapshot(taken)
+        except NameConflict as error:
+            raise _name_taken(name or "") from error
+        undo.pop_all()
+    context.note(instance.id, f"snapshot {taken.id} ({kind.value}) taken")
+    return taken
+
+
+async def _fill(
+    context: Context, instance: Instance, payload: Payload, phases: Phases
+) -> tuple[PayloadSize, float | None]:
+    """Put the captured state of the instance into ``payload``; its size and the pause in ms."""
+    if instance.state is InstanceState.RUNNING:
+        live = context.live_instance(instance)
+        captured = await capture(context, instance, live, payload, phases)
+        return captured.size, captured.pause_ms
+    return await asyncio.to_thread(_copy_resting, context, instance, payload, phases), None
+
+
+def _copy_resting(
+    context: Context, instance: Instance, payload: Payload, phases: Phases
+) -> PayloadSize:
+    """Capture an instance without a VMM: the standby image is shared, the disk cloned."""
+    paths = context.data.instance(instance.id)
+    with storage_errors("copy the instance"), phases.measure("copy"):
+        if instance.state is InstanceState.STANDBY:
+            check(paths.standby)
+            os.link(paths.standby.memory, payload.memory)
+            os.link(paths.standby.devices, payload.devices)
+        clone(paths.overlay, payload.overlay)
+    with storage_errors("store the snapshot"), phases.measure("durable"):
+        return seal(payload, manifest_facts(instance))
+
+
+def _record(
+    context: Context,
+    instance: Instance,
+    snapshot_id: str,
+    kind: SnapshotKind,
+    size: PayloadSize,
+    pause_ms: float | None,
+    phases: Phases,
+    name: str | None,
+    tags: Mapping[str, str],
+) -> Snapshot:
+    resting = InstanceState.STANDBY if kind is SnapshotKind.STANDBY else InstanceState.STOPPED
+    return Snapshot(
+        id=snapshot_id,
+        kind=kind,
+        name=name,
+        tags=tags,
+        source_instance_id=instance.id,
+        source_instance_name=instance.name,
+        source_hypervisor=instance.hypervisor,
+        created_at=context.now(),
+        size_bytes=size.size,
+        stored_bytes=size.stored,
+        pause_ms=pause_ms,
+        timings_ms=phases.total(),
+        parent_snapshot_id=instance.parent_snapshot_id,
+        template=context.moved(instance, resting, process=None, timings_ms={}),
+    )
+
+
+def _name_taken(name: str) -> Conflict:
+    return Conflict(
+        f"this instance already has a snapshot named {name!r}",
+        hint="choose another name or delete that snapshot",
+        name=name,
+    )
+
+
+async def delete_snapshot(context: Context, snapshot_id: str) -> None:
+    """Delete a snapshot. Forks go on: they hold the memory image by a link of their own.
+
+    Raises NotFound.
+    """
+    context.snapshot(snapshot_id)
+    subject = snapshot_id
+    context.records.drop_snapshot(snapshot_id, Intent(subject, "delete snapshot", {}))
+    await context.snapshot_unused(snapshot_id)
+    await asyncio.to_thread(remove_tree, context.data.snapshot(snapshot_id).directory)
+    context.records.fulfil(subject)

@@ -1,0 +1,143 @@
+"""Standby and restore of an instance: memory to disk, the VMM gone, and back again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from dataclasses import replace
+from datetime import timedelta
+
+from stillframe.engine.capture import capture
+from stillframe.engine.context import Context, Phases, finish
+from stillframe.engine.machines import attach, check_loadable, end, identify_guest, load
+from stillframe.host.files import remove_tree, storage_errors
+from stillframe.model.errors import InvalidState, NotSupported
+from stillframe.model.states import InstanceState, Permission, Verb, permission
+from stillframe.model.values import CompressionConfig, Instance
+from stillframe.store.paths import Payload
+from stillframe.store.payloads import check, publish
+
+
+async def standby(
+    context: Context,
+    instance_id: str,
+    *,
+    compression: CompressionConfig | None = None,
+    compression_delay: timedelta | None = None,
+) -> Instance:
+    """Capture memory and devices durably, then end the VMM. It runs on if anything fails.
+
+    Raises NotFound, InvalidState, NotSupported, StorageFull, VmmFailure.
+    """
+    refuse_compression(compression)
+    async with context.exclusive(instance_id, "standby") as instance:
+        if permission(Verb.STANDBY, instance.state) is Permission.NOTHING:
+            if compression is not None or compression_delay is not None:
+                raise InvalidState("instance is in Standby already; options cannot be applied")
+            return instance
+        return await enter_standby(context, instance)
+
+
+def refuse_compression(compression: CompressionConfig | None) -> None:
+    """Refuse what is not built yet rather than ignore it. Raises NotSupported."""
+    if compression is not None and compression.enabled:
+        raise NotSupported(
+            "compression of snapshots is not available in this version",
+            hint="leave compression out, or set enabled to false",
+        )
+
+
+async def enter_standby(context: Context, instance: Instance) -> Instance:
+    """Standby of a Running instance whose lock is held."""
+    paths = context.data.instance(instance.id)
+    live = context.live_instance(instance)
+    phases = Phases()
+    async with contextlib.AsyncExitStack() as undo:
+        undo.callback(remove_tree, paths.standby_new.directory)
+        undo.callback(remove_tree, paths.standby.directory)
+        with storage_errors("make room for the standby image"):
+            paths.standby_new.directory.mkdir(mode=0o700)
+        await capture(context, instance, live, paths.standby_new, phases, stay_paused=True)
+        undo.push_async_callback(live.machine.resume)
+        with storage_errors("store the standby image"):
+            publish(paths.standby_new, paths.standby)
+        asleep = context.moved(
+            instance, InstanceState.STANDBY, process=None, stopped_at=context.now(),
+            timings_ms=phases.total(),
+        )  # fmt: skip
+        live.ending = True
+        undo.callback(setattr, live, "ending", False)
+        context.commit(asleep, note="in standby")
+        undo.pop_all()
+    await finish(end(context, instance.id))
+    paths.memory.unlink(missing_ok=True)
+    return asleep
+
+
+async def restore(context: Context, instance_id: str) -> Instance:
+    """Bring an instance in Standby back to Running. It stays in Standby if that fails.
+
+    Raises NotFound, InvalidState, DamagedData, NotSupported, VmmFailure, GuestFailure.
+    """
+    async with context.exclusive(instance_id, "restore") as instance:
+        if permission(Verb.RESTORE, instance.state) is Permission.NOTHING:
+            return instance
+        paths = context.data.instance(instance_id)
+        phases = Phases()
+        with phases.measure("check"):
+            await asyncio.to_thread(check, paths.standby)
+        restored = await run_loaded(context, instance, paths.standby, phases, note="restored")
+        await asyncio.to_thread(remove_tree, paths.standby.directory)
+        return restored
+
+
+async def run_loaded(
+    context: Context,
+    instance: Instance,
+    source: Payload,
+    phases: Phases,
+    *,
+    fulfils: str | None = None,
+    note: str,
+) -> Instance:
+    """Run ``instance`` from captured memory; it is Running, and itself, on return.
+
+    The record is committed before the guest's first step: from then on its disk may differ from
+    what the captured memory believes, so there is no way back to it. Until then any failure ends
+    the VMM and commits nothing.
+    """
+    paths = context.data.instance(instance.id)
+    check_loadable(source.devices, source.memory, instance)
+    async with contextlib.AsyncExitStack() as undo:
+        with phases.measure("map_memory"), storage_errors("map the memory image"):
+            replacement = paths.memory.with_name("memory.new")
+            replacement.unlink(missing_ok=True)
+            os.link(source.memory, replacement)
+            replacement.replace(paths.memory)
+            undo.callback(paths.memory.unlink, missing_ok=True)
+        with phases.measure("load"):
+            machine = await load(context, instance, source.devices)
+        undo.push_async_callback(machine.kill)
+        running = context.moved(
+            instance, InstanceState.RUNNING, process=machine.process, stopped_at=None,
+            started_at=instance.started_at or context.now(),
+        )  # fmt: skip
+        with phases.measure("record"):
+            context.commit(running, fulfils=fulfils, note=note)
+        undo.pop_all()
+    live = attach(context, running, machine)
+    with phases.measure("resume"):
+        await finish(machine.resume())
+    with phases.measure("identify"):
+        await identify_guest(context, running, live)
+    return remember_timings(context, running, phases)
+
+
+def remember_timings(context: Context, instance: Instance, phases: Phases) -> Instance:
+    """Keep the phases with the instance, in memory only: they are not worth an fsync."""
+    current = context.records.instances.get(instance.id, instance)
+    current = replace(current, timings_ms=phases.total())
+    if instance.id in context.records.instances:
+        context.records.instances[instance.id] = current
+    return current

@@ -1,0 +1,83 @@
+"""Stop and delete: the end of a VMM, and of an instance."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from stillframe.engine.context import Context, LiveInstance
+from stillframe.engine.machines import connect, end, exit_of
+from stillframe.guest.identity import shutdown
+from stillframe.host.files import remove_tree
+from stillframe.model.errors import NotFound, StillframeError
+from stillframe.model.states import InstanceState, Permission, Verb, permission
+from stillframe.model.values import Instance
+from stillframe.store.records import Intent
+
+_STOP_GRACE = 5.0  # seconds, as in the contract
+_DELETE_GRACE = 2.0
+_POWER_BUTTON_GRACE = 0.5
+
+
+async def stop(context: Context, instance_id: str) -> Instance:
+    """Shut the guest down by its agent, else end the VMM; the disks stay.
+
+    Raises NotFound, InvalidState, VmmFailure.
+    """
+    async with context.exclusive(instance_id, "stop") as instance:
+        if permission(Verb.STOP, instance.state) is Permission.NOTHING:
+            return instance
+        await shut_down(context, instance, _STOP_GRACE)
+        code, message = exit_of(context, instance)
+        stopped = context.moved(
+            instance, InstanceState.STOPPED, process=None, stopped_at=context.now(),
+            exit_code=code, exit_message=message,
+        )  # fmt: skip
+        context.commit(stopped, note="stopped")
+        context.data.instance(instance_id).memory.unlink(missing_ok=True)
+        return stopped
+
+
+async def shut_down(context: Context, instance: Instance, grace: float) -> None:
+    """End the VMM of ``instance``, politely for ``grace`` seconds if the guest listens."""
+    live = context.live.get(instance.id)
+    if live is None:
+        return
+    live.ending = True
+    if instance.state in (InstanceState.RUNNING, InstanceState.INITIALIZING):
+        with contextlib.suppress(StillframeError, TimeoutError):
+            await _ask(context, instance, live, grace)
+    await end(context, instance.id)
+
+
+async def _ask(context: Context, instance: Instance, live: LiveInstance, grace: float) -> None:
+    gone = asyncio.ensure_future(live.machine.wait_exit())
+    try:
+        if instance.state is InstanceState.RUNNING:
+            connection = await connect(context, live, 1.5)
+            # The VMM may go before the answer comes: whichever is first will do.
+            await shutdown(connection, grace_ms=int(grace * 1000))
+        else:
+            await live.machine.power_button()
+            grace = _POWER_BUTTON_GRACE
+        await asyncio.wait([gone], timeout=grace + 1)
+    finally:
+        gone.cancel()
+        await asyncio.wait([gone])
+
+
+async def delete(context: Context, instance_id: str, *, graceful: bool = True) -> None:
+    """End the instance and remove all of it; snapshots stay.
+
+    Raises NotFound; VmmFailure when its process cannot be ended (then nothing was removed).
+    """
+    async with context.exclusive(instance_id, "delete") as instance:
+        if graceful and instance.state in (InstanceState.RUNNING, InstanceState.INITIALIZING):
+            await shut_down(context, instance, _DELETE_GRACE)
+        await end(context, instance_id)
+        with contextlib.suppress(NotFound):
+            if instance_id not in context.records.intents:
+                context.records.intend(Intent(instance_id, "delete", {}))
+        directory = context.data.instance(instance_id).directory
+        await asyncio.to_thread(remove_tree, directory)
+        context.forget(instance_id)

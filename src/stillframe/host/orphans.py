@@ -1,0 +1,41 @@
+"""Finding processes by what is on their command line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Collection
+from pathlib import Path
+
+
+def processes_naming(path: Path) -> list[int]:
+    """Pids of our own user's processes with an argument that contains ``path``/ (not ourselves)."""
+    needle = os.fsencode(path) + b"/"
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            if entry.stat().st_uid == os.geteuid() and needle in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+def kill_orphans(path: Path, spare: Collection[int]) -> list[int]:
+    """SIGKILL every VMM that works on files below ``path``, except those in ``spare``; their pids.
+
+    Only leaders of their own session are touched: that is how VMMs are started, and editors or
+    shells that happen to name the path are not.
+    """
+    killed = []
+    for pid in processes_naming(path):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if pid not in spare and os.getsid(pid) == pid:
+                descriptor = os.pidfd_open(pid)
+                try:
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                    killed.append(pid)
+                finally:
+                    os.close(descriptor)
+    return killed
