@@ -1,0 +1,25 @@
+# make setup | test | lint | fmt | demo | clean     (ARGS="-k name" goes to pytest)
+.PHONY: setup test lint fmt demo clean
+BIN := .venv/bin
+
+setup:
+	@bash tools/setup.sh
+
+test: setup
+	@$(MAKE) --no-print-directory lint
+	@bash tools/test.sh $(ARGS)
+
+lint:
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+fmt:
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+demo: setup
+	@$(BIN)/python tools/demo.py $(ARGS)
+
+clean:
+	rm -rf .cache .mypy_cache .ruff_cache .pytest_cache agent/build build dist
