@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Any
 
 from stillframe.engine.context import Context, LiveInstance, Phases, finish
@@ -22,8 +23,9 @@ from stillframe.host.memory import (
     write_dirty_pages,
 )
 from stillframe.model.values import Instance
-from stillframe.store.paths import Payload
+from stillframe.store.paths import InstancePaths, Payload
 from stillframe.store.payloads import PayloadSize, seal
+from stillframe.vmm.driver import Machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,8 @@ async def capture(
             await asyncio.to_thread(clone, paths.memory, payload.memory)
         with phases.measure("prepare"):
             buffer = await asyncio.to_thread(prepare_buffer, pid, paths.memory)
-        section = _standing_still(context, instance, live, payload, phases, buffer, stay_paused)
-        pages, pause_ms = await finish(section)
+        still = _Still(live.machine, paths, payload, phases, buffer, stay_paused)
+        pages, pause_ms = await finish(still.run())
         try:
             with phases.measure("write_memory"):
                 report = await asyncio.to_thread(write_dirty_pages, pages, payload.memory)
@@ -73,35 +75,41 @@ async def capture(
     return Captured(size, pause_ms, report.written)
 
 
-async def _standing_still(
-    context: Context,
-    instance: Instance,
-    live: LiveInstance,
-    payload: Payload,
-    phases: Phases,
-    buffer: Any,
-    stay_paused: bool,
-) -> tuple[DirtyPages, float]:
-    """What happens while the guest stands still, and how many milliseconds that took."""
-    paths = context.data.instance(instance.id)
-    began = time.perf_counter()
-    complete = False
-    await live.machine.pause()
-    try:
-        with phases.measure("devices"):
-            await live.machine.save_devices(payload.devices)
-        with phases.measure("read_memory"):
-            pages = await asyncio.to_thread(
-                read_dirty_pages, live.machine.process.pid, paths.memory, buffer
-            )
-        if not stay_paused:
-            with phases.measure("disk"):
-                await asyncio.to_thread(clone, paths.overlay, payload.overlay)
-        complete = True
-    finally:
-        if not (complete and stay_paused):
-            await live.machine.resume()
-    return pages, round((time.perf_counter() - began) * 1000, 3)
+@dataclass(frozen=True, slots=True)
+class _Still:
+    """What happens while the guest stands still, and nothing else."""
+
+    machine: Machine
+    paths: InstancePaths
+    payload: Payload
+    phases: Phases
+    buffer: mmap
+    stay_paused: bool
+
+    async def run(self) -> tuple[DirtyPages, float]:
+        """Pause, capture, resume; the pages and the pause in milliseconds."""
+        began = time.perf_counter()
+        complete = False
+        await self.machine.pause()
+        try:
+            pages = await self._capture()
+            complete = True
+        finally:
+            if not (complete and self.stay_paused):
+                await self.machine.resume()
+        return pages, round((time.perf_counter() - began) * 1000, 3)
+
+    async def _capture(self) -> DirtyPages:
+        with self.phases.measure("devices"):
+            await self.machine.save_devices(self.payload.devices)
+        # Only now: saving may still move data between devices and guest memory.
+        with self.phases.measure("read_memory"):
+            pid = self.machine.process.pid
+            pages = await asyncio.to_thread(read_dirty_pages, pid, self.paths.memory, self.buffer)
+        if not self.stay_paused:
+            with self.phases.measure("disk"):
+                await asyncio.to_thread(clone, self.paths.overlay, self.payload.overlay)
+        return pages
 
 
 def manifest_facts(instance: Instance) -> dict[str, Any]:

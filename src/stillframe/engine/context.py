@@ -238,7 +238,7 @@ class Context:
 
     # -- tasks --------------------------------------------------------------------------------
     def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
-        """Run ``work`` in the background under supervision: failures are logged, ``close`` waits."""
+        """Run ``work`` in the background, supervised: failures are logged, ``close`` waits."""
         task = asyncio.create_task(work, name=name)
         self._background.add(task)
         task.add_done_callback(self._finished)
@@ -259,7 +259,7 @@ class Context:
 
 
 async def finish(work: Awaitable[T]) -> T:
-    """Await ``work`` to its end even when we are cancelled meanwhile; then pass the cancellation on.
+    """Await ``work`` to its end even when cancelled meanwhile; then pass the cancellation on.
 
     For steps that must not be left half-done, such as the time a guest stands still.
     """

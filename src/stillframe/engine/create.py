@@ -183,12 +183,13 @@ async def start(
                     hint="stop the instance first",
                 )
             return instance
-        if entrypoint is not None:
-            instance = replace(instance, entrypoint=tuple(entrypoint))
-        if cmd is not None:
-            instance = replace(instance, cmd=tuple(cmd))
+        wanted = replace(
+            instance,
+            entrypoint=instance.entrypoint if entrypoint is None else tuple(entrypoint),
+            cmd=instance.cmd if cmd is None else tuple(cmd),
+        )
         try:
-            return await boot_and_commit(context, instance, note="started")
+            return await boot_and_commit(context, wanted, note="started")
         except StillframeError:
             context.data.instance(instance_id).memory.unlink(missing_ok=True)
             raise

@@ -42,7 +42,7 @@ async def restore_snapshot(
     """Put a Stopped or Standby instance back to one of its own snapshots.
 
     Raises InvalidRequest (another instance's snapshot, target), NotFound, InvalidState,
-    DamagedData, NotSupported, StorageFull, VmmFailure, GuestFailure; the instance is then as before.
+    DamagedData, NotSupported, StorageFull, VmmFailure, GuestFailure; it is then as before.
     """
     async with (
         context.exclusive(instance_id, "restore snapshot") as instance,

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 
 from stillframe.engine.capture import capture, manifest_facts
 from stillframe.engine.context import Context, Phases
@@ -50,17 +51,24 @@ async def snapshot(
         permission(verb, instance.state, refusal_code="conflict")
         if name is not None and context.records.snapshot_name_taken(instance_id, name):
             raise _name_taken(name)
-        return await _take(context, instance, kind, name, tags)
+        wanted = Snapshot(
+            id=context.new_id(),
+            kind=kind,
+            name=name,
+            tags=tags,
+            source_instance_id=instance.id,
+            source_instance_name=instance.name,
+            source_hypervisor=instance.hypervisor,
+            created_at=context.now(),
+            size_bytes=0,
+            parent_snapshot_id=instance.parent_snapshot_id,
+            template=instance,
+        )
+        return await _take(context, instance, wanted)
 
 
-async def _take(
-    context: Context,
-    instance: Instance,
-    kind: SnapshotKind,
-    name: str | None,
-    tags: Mapping[str, str],
-) -> Snapshot:
-    snapshot_id = context.new_id()
+async def _take(context: Context, instance: Instance, wanted: Snapshot) -> Snapshot:
+    snapshot_id, name = wanted.id, wanted.name
     building, final = context.data.snapshot_new(snapshot_id), context.data.snapshot(snapshot_id)
     phases = Phases()
     facts = {"source": instance.id, "name": name or ""}
@@ -74,13 +82,21 @@ async def _take(
         size, pause_ms = await _fill(context, instance, building, phases)
         with phases.measure("publish"), storage_errors("store the snapshot"):
             publish(building, final)
-        taken = _record(context, instance, snapshot_id, kind, size, pause_ms, phases, name, tags)
+        taken = replace(
+            wanted,
+            created_at=context.now(),
+            size_bytes=size.size,
+            stored_bytes=size.stored,
+            pause_ms=pause_ms,
+            timings_ms=phases.total(),
+            template=_template(context, instance, wanted.kind),
+        )
         try:
             context.records.put_snapshot(taken)
         except NameConflict as error:
             raise _name_taken(name or "") from error
         undo.pop_all()
-    context.note(instance.id, f"snapshot {taken.id} ({kind.value}) taken")
+    context.note(instance.id, f"snapshot {taken.id} ({taken.kind.value}) taken")
     return taken
 
 
@@ -110,34 +126,11 @@ def _copy_resting(
         return seal(payload, manifest_facts(instance))
 
 
-def _record(
-    context: Context,
-    instance: Instance,
-    snapshot_id: str,
-    kind: SnapshotKind,
-    size: PayloadSize,
-    pause_ms: float | None,
-    phases: Phases,
-    name: str | None,
-    tags: Mapping[str, str],
-) -> Snapshot:
-    resting = InstanceState.STANDBY if kind is SnapshotKind.STANDBY else InstanceState.STOPPED
-    return Snapshot(
-        id=snapshot_id,
-        kind=kind,
-        name=name,
-        tags=tags,
-        source_instance_id=instance.id,
-        source_instance_name=instance.name,
-        source_hypervisor=instance.hypervisor,
-        created_at=context.now(),
-        size_bytes=size.size,
-        stored_bytes=size.stored,
-        pause_ms=pause_ms,
-        timings_ms=phases.total(),
-        parent_snapshot_id=instance.parent_snapshot_id,
-        template=context.moved(instance, resting, process=None, timings_ms={}),
-    )
+def _template(context: Context, instance: Instance, kind: SnapshotKind) -> Instance:
+    """The instance as a fork will find it: at rest, without a process."""
+    standby = kind is SnapshotKind.STANDBY
+    resting = InstanceState.STANDBY if standby else InstanceState.STOPPED
+    return context.moved(instance, resting, process=None, timings_ms={})
 
 
 def _name_taken(name: str) -> Conflict:

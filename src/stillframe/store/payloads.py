@@ -35,7 +35,7 @@ def seal(payload: Payload, facts: dict[str, Any]) -> PayloadSize:
 
     ``facts`` (hypervisor, versions, accelerator, parent) go into the manifest as they are.
     """
-    files = {}
+    files: dict[str, dict[str, int | str]] = {}
     for path in sorted(payload.directory.iterdir()):
         if path == payload.manifest:
             continue

@@ -1,0 +1,79 @@
+"""Clones keep holes, writes are atomic, errors are translated."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from stillframe.host.files import (
+    CloneKind,
+    allocated_bytes,
+    atomic_write,
+    clone,
+    create_sparse,
+    punch_hole,
+    storage_errors,
+)
+from stillframe.model.errors import HostFailure, StorageFull
+
+MIB = 1 << 20
+
+
+def test_a_clone_equals_its_source_and_keeps_its_holes(tmp_path: Path) -> None:
+    source, copy = tmp_path / "a", tmp_path / "b"
+    create_sparse(source, 64 * MIB)
+    with source.open("r+b") as file:
+        file.seek(10 * MIB)
+        file.write(b"data" * 1000)
+    kind = clone(source, copy)
+    assert kind in tuple(CloneKind)
+    assert copy.read_bytes() == source.read_bytes()
+    assert allocated_bytes(copy) <= 2 * MIB
+    assert copy.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_clone_never_replaces_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"new")
+    (tmp_path / "b").write_bytes(b"old")
+    with pytest.raises(FileExistsError):
+        clone(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"old"
+
+
+def test_a_clone_does_not_follow_a_symbolic_link(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "link").symlink_to(tmp_path / "secret")
+    with pytest.raises(OSError, match="symbolic link"):
+        clone(tmp_path / "link", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_punched_hole_reads_as_zeros_and_costs_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"x" * MIB)
+    with path.open("r+b") as file:
+        punch_hole(file.fileno(), 0, MIB - 4096)
+    assert path.read_bytes() == bytes(MIB - 4096) + b"x" * 4096
+    assert allocated_bytes(path) < MIB // 2
+
+
+def test_an_atomic_write_leaves_old_or_new_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    atomic_write(path, b"one")
+    atomic_write(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [p.name for p in tmp_path.iterdir()] == ["record"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_storage_full(code: int) -> None:
+    with pytest.raises(StorageFull, match="could not save"), storage_errors("save"):
+        raise OSError(code, "full")
+
+
+def test_any_other_disk_error_is_a_host_failure() -> None:
+    with pytest.raises(HostFailure) as caught, storage_errors("save"):
+        raise OSError(errno.EIO, "input/output error")
+    assert caught.value.code == "storage_error"
