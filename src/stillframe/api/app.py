@@ -1,0 +1,102 @@
+"""The FastAPI application: routes, errors, limits and the OpenAPI document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from stillframe.api import copy, errors, exec, images, instances, logs, snapshots, system
+from stillframe.api.auth import Authenticator
+from stillframe.api.border import Border
+from stillframe.engine.interface import EngineInterface
+from stillframe.model.values import Hypervisor
+
+ROUTERS = (
+    system.router,
+    instances.router,
+    logs.router,
+    exec.router,
+    copy.router,
+    snapshots.router,
+    images.router,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ApiOptions:
+    """What the routes need beside the engine.
+
+    ``default_hypervisor`` is named in the capabilities (None: the first available one);
+    ``upload_dir`` receives archives while they are imported (None: the system's temporary
+    directory); ``private_paths`` are blotted out of error messages; ``max_upload_bytes`` bounds
+    one import.
+    """
+
+    version: str
+    default_hypervisor: Hypervisor | None = None
+    upload_dir: Path | None = None
+    private_paths: Sequence[Path] = ()
+    max_upload_bytes: int = 64 * 1024**3
+
+
+class _Api(FastAPI):
+    """FastAPI with the security scheme in its OpenAPI document."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document, made once."""
+        if self.openapi_schema is None:
+            document = get_openapi(
+                title=self.title,
+                version=self.version,
+                description=self.description,
+                routes=self.routes,
+            )
+            document.setdefault("components", {})["securitySchemes"] = {
+                "bearerAuth": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
+            }
+            self.openapi_schema = document
+        return self.openapi_schema
+
+
+def create_app(
+    engine: EngineInterface,
+    *,
+    jwt_secret: bytes,
+    version: str,
+    default_hypervisor: Hypervisor | None = None,
+    upload_dir: Path | None = None,
+    private_paths: Sequence[Path] = (),
+) -> FastAPI:
+    """The whole API over an engine that the caller opens and closes.
+
+    Raises InvalidRequest when ``jwt_secret`` is shorter than 32 bytes. The other arguments are
+    those of ``ApiOptions``.
+    """
+    app = _Api(
+        title="Stillframe",
+        version=version,
+        description="Snapshot and fork virtual machines. Speaks the Hypeman HTTP API.",
+        redirect_slashes=False,
+        redoc_url=None,
+    )
+    app.state.engine = engine
+    app.state.authenticator = Authenticator(jwt_secret)
+    app.state.options = ApiOptions(
+        version=version,
+        default_hypervisor=default_hypervisor,
+        upload_dir=upload_dir,
+        private_paths=tuple(private_paths),
+    )
+    app.state.private_texts = tuple(str(path) for path in private_paths)
+    errors.install(app)
+    # The one added last is the outermost.
+    app.add_middleware(Border)
+    app.add_middleware(errors.Boundary)
+    for router in ROUTERS:
+        app.include_router(router)
+    return app

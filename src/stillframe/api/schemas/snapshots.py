@@ -1,0 +1,165 @@
+"""Snapshots and compression on the wire (contract section 3.1)."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stillframe.api.schemas.base import Answer, Body, Flag, Int, Name, Tags, Text, utc
+from stillframe.model.errors import InvalidRequest
+from stillframe.model.units import parse_duration
+from stillframe.model.values import (
+    CompressionAlgorithm,
+    CompressionConfig,
+    CompressionState,
+    Hypervisor,
+    Snapshot,
+    SnapshotKind,
+)
+
+TargetState = Literal["Stopped", "Standby", "Running"]
+_LEVELS = {CompressionAlgorithm.ZSTD: (1, 19, 1), CompressionAlgorithm.LZ4: (0, 9, 0)}
+
+
+class CompressionBody(Body):
+    """A wish for compression; algorithm and level count only when enabled."""
+
+    enabled: Flag
+    algorithm: Annotated[Text | None, Field(json_schema_extra={"enum": ["zstd", "lz4", None]})] = (
+        None
+    )
+    level: Annotated[Int | None, Field(json_schema_extra={"minimum": 0, "maximum": 19})] = None
+
+    def parse(self, code: str = "invalid_snapshot_compression") -> CompressionConfig:
+        """The config with the contract's defaults filled in. Raises InvalidRequest with ``code``.
+
+        zstd takes levels 1-19 (default 1), lz4 0-9 (default 0); names in any letter case.
+        """
+        if not self.enabled:
+            return CompressionConfig(enabled=False)
+        try:
+            algorithm = CompressionAlgorithm((self.algorithm or "zstd").lower())
+        except ValueError as error:
+            raise InvalidRequest(
+                "unknown compression algorithm", code=code, hint="use zstd or lz4"
+            ) from error
+        lowest, highest, default = _LEVELS[algorithm]
+        level = default if self.level is None else self.level
+        if not lowest <= level <= highest:
+            raise InvalidRequest(
+                f"{algorithm} has no level {level}"[:200],
+                code=code,
+                hint=f"use {lowest} to {highest}",
+            )
+        return CompressionConfig(enabled=True, algorithm=algorithm, level=level)
+
+
+class CompressionAnswer(Answer):
+    """A compression config as stored."""
+
+    enabled: bool
+    algorithm: CompressionAlgorithm | None = None
+    level: int | None = None
+
+    @classmethod
+    def of(cls, config: CompressionConfig | None) -> CompressionAnswer | None:
+        """The wire form; None stays None."""
+        if config is None:
+            return None
+        return cls(enabled=config.enabled, algorithm=config.algorithm, level=config.level)
+
+
+class StandbyBody(Body):
+    """One-shot overrides of an instance's snapshot policy for one standby."""
+
+    compression: CompressionBody | None = None
+    compression_delay: Text | None = None
+
+    def delay(self) -> timedelta | None:
+        """The delay as a duration. Raises InvalidRequest (``invalid_compression_delay``)."""
+        return parse_delay(self.compression_delay, code="invalid_compression_delay")
+
+
+def parse_delay(text: str | None, *, code: str) -> timedelta | None:
+    """A duration of at least zero, or None. Raises InvalidRequest with ``code``."""
+    if text is None:
+        return None
+    delay = parse_duration(text, code=code)
+    if delay < timedelta(0):
+        raise InvalidRequest(f"negative delay {text[:64]!r}", code=code)
+    return delay
+
+
+class SnapshotCreateBody(Body):
+    """A wish for a snapshot."""
+
+    kind: SnapshotKind
+    name: Name | None = None
+    compression: CompressionBody | None = None
+    tags: Tags | None = None
+
+
+class SnapshotRestoreBody(Body):
+    """Options of restoring a snapshot in place."""
+
+    target_state: TargetState | None = None
+    target_hypervisor: Hypervisor | None = None
+
+
+class SnapshotForkBody(SnapshotRestoreBody):
+    """A wish for a fork of a snapshot."""
+
+    name: Name
+
+
+class SnapshotAnswer(Answer):
+    """A snapshot. Fields after ``uncompressed_size_bytes`` are Stillframe's own.
+
+    Sizes are bytes; ``stored_bytes`` is what the payload takes on disk, ``pause_ms`` how long the
+    guest stood still, ``timings_ms`` where the time went.
+    """
+
+    id: str
+    kind: SnapshotKind
+    source_instance_id: str
+    source_instance_name: str
+    source_hypervisor: Hypervisor
+    created_at: datetime
+    size_bytes: int
+    name: str | None = None
+    tags: dict[str, str] | None = None
+    compression: CompressionAnswer | None = None
+    compression_state: CompressionState | None = None
+    compression_error: str | None = None
+    compressed_size_bytes: int | None = None
+    uncompressed_size_bytes: int | None = None
+    stored_bytes: int | None = None
+    pause_ms: float | None = None
+    timings_ms: dict[str, float] | None = None
+    parent_snapshot_id: str | None = None
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> SnapshotAnswer:
+        """The wire form of a snapshot."""
+        return cls(
+            id=snapshot.id,
+            kind=snapshot.kind,
+            source_instance_id=snapshot.source_instance_id,
+            source_instance_name=snapshot.source_instance_name,
+            source_hypervisor=snapshot.source_hypervisor,
+            created_at=utc(snapshot.created_at) or snapshot.created_at,
+            size_bytes=snapshot.size_bytes,
+            name=snapshot.name,
+            tags=dict(snapshot.tags),
+            compression=CompressionAnswer.of(snapshot.compression),
+            compression_state=snapshot.compression_state,
+            compression_error=snapshot.compression_error,
+            compressed_size_bytes=snapshot.compressed_size_bytes,
+            uncompressed_size_bytes=snapshot.uncompressed_size_bytes,
+            stored_bytes=snapshot.stored_bytes,
+            pause_ms=snapshot.pause_ms,
+            timings_ms=dict(snapshot.timings_ms),
+            parent_snapshot_id=snapshot.parent_snapshot_id,
+        )
