@@ -1,0 +1,65 @@
+"""Unix sockets with paths of any length, bound before whoever listens on them is started."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from stillframe.model.errors import VmmFailure
+
+
+@contextlib.contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """A name for ``path`` that fits into sun_path (108 bytes, unix(7)): by its directory's fd."""
+    if len(os.fsencode(path)) < 100:
+        yield str(path)
+        return
+    fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{path.name}"
+    finally:
+        os.close(fd)
+
+
+def bind_unix(path: Path) -> socket.socket:
+    """A listening socket at ``path`` (0600; a stale one is replaced), to be passed to a VMM.
+
+    Whoever connects before the VMM accepts is queued by the kernel: nobody has to poll.
+    Raises OSError.
+    """
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with _short(path) as name:
+            listener.bind(name)
+        path.chmod(0o600)
+        listener.listen(1)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def connect_socket(path: Path) -> socket.socket:
+    """A connected non-blocking socket. Raises VmmFailure when nobody listens there."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.setblocking(False)
+        with _short(path) as name:
+            connection.connect(name)
+    except OSError as error:
+        connection.close()
+        raise VmmFailure(f"cannot connect to {path.name}: {error.strerror}") from error
+    return connection
+
+
+async def connect_unix(
+    path: Path, *, limit: int = 1 << 16
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A stream connection to the socket at ``path``. Raises VmmFailure."""
+    connection = connect_socket(path)
+    return await asyncio.open_unix_connection(sock=connection, limit=limit)
