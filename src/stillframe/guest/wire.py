@@ -70,6 +70,10 @@ class Decoder:
         self._buffer = bytearray()
         self.skipped = 0  # bytes thrown away while looking for a header
 
+    def prime(self, data: bytes) -> None:
+        """Put bytes in without taking frames out; the next ``feed`` yields them."""
+        self._buffer += data
+
     def feed(self, data: bytes) -> list[Frame]:
         """Add bytes from the stream; return the frames they complete."""
         self._buffer += data
