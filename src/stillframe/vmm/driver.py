@@ -91,6 +91,8 @@ class Machine(Protocol):
     """One VMM process with one guest. Raises VmmFailure when the VMM refuses, dies or hangs."""
 
     process: ProcessIdentity
+    # Why the guest ended, once it has: guest-shutdown, guest-reset, guest-panic or host-...
+    shutdown_reason: str | None
 
     async def status(self) -> MachineStatus:
         """Ask the VMM what its guest is doing."""

@@ -1,0 +1,306 @@
+"""QEMU (6.2 to 10) on q35: every guest is a private mapping of its memory image.
+
+Saving devices without RAM is the QAPI command ``xen-save-devices-state`` (generic despite its
+name); loading them is an ordinary incoming migration whose stream simply has no RAM section.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillframe.host.probes import kvm_works
+from stillframe.host.process import Process, adopt, run, spawn
+from stillframe.host.sockets import bind_unix, connect_socket, connect_unix
+from stillframe.model.errors import HostFailure, MissingComponent, StillframeError, VmmFailure
+from stillframe.model.values import Hypervisor, ProcessIdentity
+from stillframe.vmm.driver import (
+    AgentStream,
+    DriverProbe,
+    MachineResources,
+    MachineSpec,
+    MachineStatus,
+)
+from stillframe.vmm.qemu_command import QemuBuild, command_line
+from stillframe.vmm.qmp import Event, QmpConnection
+
+_MINIMUM = (6, 2, 0)
+_LOAD_DEADLINE = 60.0  # seconds
+_FEATURES = ("fork", "pause", "snapshots", "standby")
+_STATUS = {
+    "running": MachineStatus.RUNNING,
+    "paused": MachineStatus.PAUSED,
+    "prelaunch": MachineStatus.PAUSED,
+    "postmigrate": MachineStatus.PAUSED,
+    "save-vm": MachineStatus.PAUSED,
+    "shutdown": MachineStatus.SHUTDOWN,
+    "guest-panicked": MachineStatus.SHUTDOWN,
+}
+_VERSION = re.compile(rb"version (\d+)\.(\d+)\.(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class _Sockets:
+    """The sockets in a VM's directory."""
+
+    directory: Path
+
+    @property
+    def monitor(self) -> Path:
+        return self.directory / "qmp.sock"
+
+    @property
+    def agent(self) -> Path:
+        return self.directory / "agent.sock"
+
+    def remove(self) -> None:
+        for path in (self.monitor, self.agent):
+            path.unlink(missing_ok=True)
+
+
+class QemuMachine:
+    """One QEMU process. Implements ``Machine``."""
+
+    def __init__(self, process: Process, sockets: _Sockets) -> None:
+        """Use ``open`` before anything else."""
+        self.process: ProcessIdentity = process.identity
+        self.shutdown_reason: str | None = None
+        self._process = process
+        self._sockets = sockets
+        self._qmp = QmpConnection(f"pid {process.identity.pid}", self._on_event)
+        self._loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def open(self) -> None:
+        """Connect to the monitor. Raises VmmFailure."""
+        await self._qmp.open(connect_socket(self._sockets.monitor))
+
+    def _on_event(self, event: Event) -> None:
+        match event["event"]:
+            case "SHUTDOWN":
+                self.shutdown_reason = event["data"]["reason"]
+            case "MIGRATION" if not self._loaded.done():
+                status = event["data"]["status"]
+                if status == "completed":
+                    self._loaded.set_result(None)
+                elif status == "failed":
+                    self._loaded.set_exception(VmmFailure("QEMU could not load the device state"))
+
+    async def load(self, device_state: Path, *, by_path: bool) -> None:
+        """Load devices into a QEMU that waits for them. Raises VmmFailure, HostFailure."""
+        await self._qmp.execute(
+            "migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}]
+        )
+        if by_path:
+            await self._qmp.execute("migrate-incoming", uri=f"file:{device_state}")
+        else:
+            try:
+                fd = os.open(device_state, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise HostFailure(f"device state cannot be opened: {error.strerror}") from error
+            try:
+                await self._qmp.give_fd("devices", fd)
+            finally:
+                os.close(fd)
+            await self._qmp.execute("migrate-incoming", uri="fd:devices")
+        await self._until_loaded()
+
+    async def _until_loaded(self) -> None:
+        died = asyncio.ensure_future(self._process.wait())
+        try:
+            done, _ = await asyncio.wait(
+                [self._loaded, died],
+                timeout=_LOAD_DEADLINE,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if self._loaded in done:
+                self._loaded.result()
+            elif died in done:
+                raise VmmFailure("QEMU ended while it loaded the device state")
+            else:
+                raise VmmFailure(f"QEMU did not load within {_LOAD_DEADLINE:.0f} s")
+        finally:
+            died.cancel()
+            self._loaded.cancel()
+
+    async def status(self) -> MachineStatus:
+        """Ask QEMU what its guest is doing (QMP query-status)."""
+        answer = await self._qmp.execute("query-status")
+        return _STATUS.get(answer["status"], MachineStatus.UNKNOWN)
+
+    async def pause(self) -> None:
+        """Stop the vCPUs; QEMU also drains and flushes the disks (QMP stop)."""
+        await self._qmp.execute("stop")
+
+    async def resume(self) -> None:
+        """Let the vCPUs run (QMP cont)."""
+        await self._qmp.execute("cont")
+
+    async def save_devices(self, destination: Path) -> None:
+        """Write device state of a paused guest; ``live=false`` leaves its disks active."""
+        await self._qmp.execute("xen-save-devices-state", filename=str(destination), live=False)
+
+    async def dial_agent(self) -> AgentStream:
+        """Connect to the guest agent's port."""
+        return await connect_unix(self._sockets.agent)
+
+    async def power_button(self) -> None:
+        """Press the ACPI power button (QMP system_powerdown)."""
+        await self._qmp.execute("system_powerdown")
+
+    async def kill(self) -> None:
+        """SIGKILL QEMU, prove its death and remove its sockets."""
+        await self._process.kill()
+        await self._qmp.close()
+        self._sockets.remove()
+
+    async def wait_exit(self) -> None:
+        """Return when QEMU is gone."""
+        await self._process.wait()
+
+    async def close(self) -> None:
+        """Drop the connection; QEMU runs on."""
+        await self._qmp.close()
+        self._process.close()
+
+
+class QemuDriver:
+    """QEMU's q35 machine. Implements ``Driver``."""
+
+    hypervisor = Hypervisor.QEMU
+
+    def __init__(
+        self,
+        binary: str = "qemu-system-x86_64",
+        accelerator: str = "auto",
+        cache_dir: Path | None = None,
+    ) -> None:
+        """``accelerator``: auto, kvm or tcg; ``cache_dir`` remembers what a probe found."""
+        self._binary = binary
+        self._accelerator = accelerator
+        self._cache_dir = cache_dir
+        self._probing = asyncio.Lock()
+        self._probe: DriverProbe | None = None
+        self._build: QemuBuild | None = None
+
+    async def probe(self) -> DriverProbe:
+        """Find the binary, its version and an accelerator that really runs guests."""
+        async with self._probing:
+            if self._probe is None:
+                try:
+                    self._build = await self._examine()
+                    self._probe = DriverProbe(
+                        self.hypervisor, True, self._build.version_text,
+                        self._build.accelerator, _FEATURES,
+                    )  # fmt: skip
+                except StillframeError as error:
+                    self._probe = DriverProbe(
+                        self.hypervisor, False, reason=error.message, hint=error.hint
+                    )
+            return self._probe
+
+    async def _examine(self) -> QemuBuild:
+        binary = shutil.which(self._binary)
+        if binary is None:
+            raise MissingComponent(
+                f"{self._binary} is not installed", hint="apt-get install qemu-system-x86"
+            )
+        printed = (await run([binary, "--version"], timeout=30)).stdout
+        match = _VERSION.search(printed)
+        if match is None:
+            raise VmmFailure(f"{binary} does not tell its version")
+        major, minor, micro = (int(part) for part in match.groups())
+        if (major, minor, micro) < _MINIMUM:
+            raise MissingComponent(
+                f"QEMU {major}.{minor}.{micro} is too old", hint="install 6.2 or newer"
+            )
+        return QemuBuild(binary, (major, minor, micro), await self._choose_accelerator(binary))
+
+    async def _choose_accelerator(self, binary: str) -> str:
+        if self._accelerator != "auto":
+            return self._accelerator
+        remembered = self._remembered(binary)
+        if remembered is not None and remembered.exists():
+            return remembered.read_text()
+        works, _ = await asyncio.to_thread(kvm_works, binary)
+        chosen = "kvm" if works else "tcg"
+        if remembered is not None:
+            remembered.write_text(chosen)
+        return chosen
+
+    def _remembered(self, binary: str) -> Path | None:
+        """Where the finding for this very binary, on this boot of the host, is kept."""
+        if self._cache_dir is None:
+            return None
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        changed = Path(binary).stat().st_mtime_ns
+        return self._cache_dir / f"accelerator-{boot}-{changed}"
+
+    async def start(self, spec: MachineSpec, resources: MachineResources) -> QemuMachine:
+        """Spawn QEMU; with device state, load it and stand still. Nothing is left on failure."""
+        build = await self._available()
+        sockets = _Sockets(resources.directory)
+        async with contextlib.AsyncExitStack() as undo:
+            undo.callback(sockets.remove)
+            process = await asyncio.to_thread(_spawn, build, spec, resources, sockets)
+            machine = QemuMachine(process, sockets)
+            undo.push_async_callback(machine.kill)
+            try:
+                await machine.open()
+                if resources.device_state is not None:
+                    by_path = build.has_file_migration
+                    await machine.load(resources.device_state, by_path=by_path)
+            except VmmFailure as error:
+                raise _explained(error, resources.vmm_log) from error
+            undo.pop_all()
+        return machine
+
+    async def adopt(self, process: ProcessIdentity, resources: MachineResources) -> QemuMachine:
+        """Take over a QEMU that an earlier server started. Raises VmmFailure."""
+        machine = QemuMachine(adopt(process), _Sockets(resources.directory))
+        try:
+            await machine.open()
+        except BaseException:
+            await machine.close()
+            raise
+        return machine
+
+    async def _available(self) -> QemuBuild:
+        probe = await self.probe()
+        if self._build is None:
+            raise MissingComponent(f"QEMU is not available: {probe.reason}", hint=probe.hint)
+        return self._build
+
+
+def _spawn(
+    build: QemuBuild, spec: MachineSpec, resources: MachineResources, sockets: _Sockets
+) -> Process:
+    """Bind first, pass the descriptors: nobody ever waits for a socket to appear."""
+    with _listening(sockets) as (monitor_fd, agent_fd):
+        arguments = command_line(build, spec, resources, monitor_fd=monitor_fd, agent_fd=agent_fd)
+        return spawn(arguments, output=resources.vmm_log, pass_fds=(monitor_fd, agent_fd))
+
+
+@contextlib.contextmanager
+def _listening(sockets: _Sockets) -> Iterator[tuple[int, int]]:
+    try:
+        with bind_unix(sockets.monitor) as monitor, bind_unix(sockets.agent) as agent:
+            yield monitor.fileno(), agent.fileno()
+    except OSError as error:
+        raise HostFailure(f"the VM's sockets cannot be made: {error.strerror}") from error
+
+
+def _explained(error: VmmFailure, log: Path) -> VmmFailure:
+    """The same failure with QEMU's last words, which say why."""
+    try:
+        words = log.read_bytes()[-2048:].decode(errors="replace").strip().splitlines()[-3:]
+    except OSError:
+        words = []
+    if not words:
+        return error
+    return VmmFailure(f"{error.message} ({' / '.join(words)})", hint=error.hint)

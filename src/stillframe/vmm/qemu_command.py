@@ -1,0 +1,115 @@
+"""The QEMU command line, as data.
+
+It must be the same for every process that loads the same memory, but for paths and identity:
+QEMU matches devices by their place on the bus, so every device has a fixed address.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillframe.vmm.driver import MachineResources, MachineSpec
+
+AGENT_PORT = "org.stillframe.agent"
+# (major, minor) of the first QEMU that can map memory from a file it may only read.
+_READONLY_MEMORY = (8, 2)
+_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+
+@dataclass(frozen=True, slots=True)
+class QemuBuild:
+    """One QEMU binary: where, which version, and the accelerator that works."""
+
+    binary: str
+    version: tuple[int, int, int]
+    accelerator: str
+
+    @property
+    def version_text(self) -> str:
+        """The version as QEMU writes it."""
+        return ".".join(map(str, self.version))
+
+    @property
+    def has_file_migration(self) -> bool:
+        """Whether ``migrate-incoming`` takes ``file:`` URIs (since 8.2)."""
+        return self.version >= (8, 2, 0)
+
+
+def quoted(path: Path) -> str:
+    """A path inside an option list: QEMU separates by commas and wants them doubled."""
+    return str(path).replace(",", ",,")
+
+
+def command_line(
+    build: QemuBuild,
+    spec: MachineSpec,
+    resources: MachineResources,
+    *,
+    monitor_fd: int,
+    agent_fd: int,
+) -> list[str]:
+    """The arguments to start QEMU with; ``*_fd`` are inherited listening sockets."""
+    arguments = [
+        build.binary,
+        "-nodefaults",
+        "-no-user-config",
+        "-display", "none",
+        "-sandbox", _SANDBOX,
+        "-msg", "timestamp=on",
+        "-name", "guest=stillframe",
+        "-M", "q35,memory-backend=mem,suppress-vmdesc=on,smm=off,vmport=off",
+        "-accel", spec.accelerator,
+        "-cpu", "host" if spec.accelerator == "kvm" else "qemu64",
+        "-smp", str(spec.vcpus),
+        "-m", f"{spec.memory_bytes // (1 << 20)}M",
+        "-object", _memory(build, spec, resources),
+        "-global", "migration.send-configuration=off",
+        "-action", "reboot=shutdown,panic=shutdown",
+        "-rtc", "base=utc,clock=host",
+        "-kernel", str(resources.kernel),
+        "-initrd", str(resources.initrd),
+        "-append", resources.kernel_arguments,
+        "-chardev", f"socket,id=monitor,fd={monitor_fd},server=on,wait=off",
+        "-mon", "chardev=monitor,mode=control",
+        "-chardev", f"file,id=console,path={quoted(resources.console_log)},append=on",
+        "-serial", "chardev:console",
+        "-device", f"vmgenid,guid={resources.generation_id}",
+        "-device", "virtio-serial-pci,id=ports,addr=0x3,max_ports=2",
+        "-chardev", f"socket,id=agent,fd={agent_fd},server=on,wait=off",
+        "-device", f"virtserialport,bus=ports.0,nr=1,chardev=agent,name={AGENT_PORT}",
+        "-device", "virtio-rng-pci,addr=0x4",
+    ]  # fmt: skip
+    if spec.network:
+        arguments += [
+            "-netdev", "user,id=net0,ipv6=off",
+            "-device", "virtio-net-pci,netdev=net0,addr=0x5,romfile=,mac=52:54:00:12:34:56",
+        ]  # fmt: skip
+    arguments += _disks(resources)
+    if resources.device_state is not None:
+        # -S: the guest stands still after the load until we say cont.
+        arguments += ["-incoming", "defer", "-S"]
+    return arguments
+
+
+def _memory(build: QemuBuild, spec: MachineSpec, resources: MachineResources) -> str:
+    options = (
+        f"memory-backend-file,id=mem,size={spec.memory_bytes},"
+        f"mem-path={quoted(resources.memory_image)},share=off,dump=off"
+    )
+    # Older versions open the file for writing although a private mapping never writes it.
+    return options + (",readonly=on,rom=off" if build.version[:2] >= _READONLY_MEMORY else "")
+
+
+def _disks(resources: MachineResources) -> list[str]:
+    arguments: list[str] = []
+    for index, disk in enumerate(resources.disks):
+        readonly = "on" if disk.readonly else "off"
+        arguments += [
+            "-blockdev",
+            f"driver=raw,node-name=disk{index},read-only={readonly},discard=unmap,"
+            f"file.driver=file,file.filename={quoted(disk.path)},file.aio=threads",
+            "-device",
+            f"virtio-blk-pci,drive=disk{index},addr={0x8 + index:#x},serial=stillframe{index}",
+        ]
+    return arguments
