@@ -57,12 +57,14 @@ class LiveInstance:
     """A VMM that runs, and our conversation with its guest.
 
     ``ending`` is set by verbs that end the VMM on purpose, so that its exit is no news.
+    ``dialling`` is held while connecting; ``news`` is set when the agent reports a change.
     """
 
     machine: Machine
     connection: AgentConnection | None = None
     ending: bool = False
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    dialling: asyncio.Lock = field(default_factory=asyncio.Lock)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Context:

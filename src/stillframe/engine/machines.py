@@ -146,10 +146,13 @@ def attach(context: Context, instance: Instance, machine: Machine) -> LiveInstan
 
 async def connect(context: Context, live: LiveInstance, timeout: float) -> AgentConnection:
     """The connection to the guest agent, made if there is none. Raises GuestFailure."""
-    if live.connection is None or live.connection.closed:
-        stream = await live.machine.dial_agent()
-        live.connection = await AgentConnection.open(stream, deadline=timeout)
-    return live.connection
+    async with live.dialling:
+        if live.connection is None or not live.connection.alive:
+            stream = await live.machine.dial_agent()
+            live.connection = await AgentConnection.open(
+                stream, deadline=timeout, on_event=lambda _: live.news.set()
+            )
+        return live.connection
 
 
 async def identify_guest(context: Context, instance: Instance, live: LiveInstance) -> None:
@@ -185,7 +188,9 @@ def announce_ready(context: Context, instance: Instance, live: LiveInstance) -> 
 
 async def _await_ready(context: Context, instance_id: str, live: LiveInstance) -> None:
     connection = await connect(context, live, context.settings.boot_timeout)
-    await connection.wait_workload(context.settings.boot_timeout)
+    while connection.alive and connection.hello.workload == "starting":
+        await live.news.wait()
+        live.news.clear()
     instance = context.records.instances.get(instance_id)
     current = context.live.get(instance_id) is live and not live.ending
     if instance is not None and current and instance.state is InstanceState.INITIALIZING:
