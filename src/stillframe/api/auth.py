@@ -23,8 +23,9 @@ SCOPES = frozenset(
     for right in ("read", "write", "delete")
 ) | {"resource:read"}
 _SCOPE_KEY = "x-required-scope"
-# Fixed here and never taken from the token's header (RFC 8725).
-_ALGORITHMS = ("HS256", "HS384", "HS512")
+# Fixed here and never taken from the token's header (RFC 8725), each with the shortest secret it
+# may be used with (RFC 7518, section 3.2).
+_ALGORITHMS = {"HS256": 32, "HS384": 48, "HS512": 64}
 _LEEWAY_SECONDS = 30
 _REGISTRY_CLAIMS = ("repos", "scope", "build_id")
 
@@ -37,6 +38,7 @@ class Authenticator:
         if len(secret) < 32:
             raise InvalidRequest("the JWT secret is shorter than 32 bytes")
         self._secret = secret
+        self._algorithms = [name for name, least in _ALGORITHMS.items() if len(secret) >= least]
 
     def claims(self, header: str | None) -> Mapping[str, Any]:
         """The verified claims of an Authorization header. Raises Unauthorized.
@@ -52,7 +54,7 @@ class Authenticator:
             claims: dict[str, Any] = jwt.decode(
                 token.strip(),
                 self._secret,
-                algorithms=list(_ALGORITHMS),
+                algorithms=self._algorithms,
                 options={"require": ["exp"]},
                 leeway=_LEEWAY_SECONDS,
             )

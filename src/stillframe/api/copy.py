@@ -32,7 +32,7 @@ from stillframe.api.sockets import (
     while_connected,
 )
 from stillframe.engine.interface import EngineInterface, ReadEntry
-from stillframe.model.errors import InvalidRequest, StillframeError
+from stillframe.model.errors import StillframeError
 
 router = APIRouter(tags=["instances"])
 
@@ -140,9 +140,12 @@ async def _download(
     websocket: WebSocket, engine: EngineInterface, instance_id: str, request: CopyBody
 ) -> None:
     entries = engine.read_path(instance_id, request.guest_path, follow=bool(request.follow_links))
-    name = PurePosixPath(request.guest_path).name
+    name = PurePosixPath(request.guest_path).name or "root"
     pending = False
     async for entry in entries:
+        if entry.kind == "dir" and entry.path.strip("./") == "":
+            # The root of a tree is the destination itself, for which the protocol has no name.
+            continue
         # "final" belongs to the last entry, which is known only when no other follows.
         if pending:
             await send_json(websocket, type="end", final=False)
@@ -151,13 +154,16 @@ async def _download(
             await send_data(websocket, data)
         pending = True
     if not pending:
-        raise InvalidRequest(f"nothing to copy at {request.guest_path[:200]!r}")
+        # An empty tree must consist of something: an empty directory of its name.
+        empty = {"mode": 0o755, "is_dir": True, "size": 0, "mtime": 0}
+        await send_json(websocket, type="header", path=name, **empty)
     await send_json(websocket, type="end", final=True)
 
 
 def _header(entry: ReadEntry, name: str) -> dict[str, Any]:
-    # The root of a tree is the destination itself, a single file is named after its source.
-    path = entry.path.strip("/") or ("." if entry.kind == "dir" else name)
+    # A single file is named after its source.
+    path = entry.path.strip("/")
+    path = name if path in ("", ".") else path
     header: dict[str, Any] = {
         "path": path,
         "mode": entry.mode & _PERMISSIONS,

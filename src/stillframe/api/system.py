@@ -20,7 +20,6 @@ from stillframe.api.schemas.system import (
     Runtime,
     ServerInfo,
 )
-from stillframe.vmm.driver import DriverProbe
 
 router = APIRouter(route_class=ScopedRoute, tags=["system"])
 
@@ -45,7 +44,18 @@ async def health() -> JSONResponse:
 async def capabilities(request: Request, engine: Engine) -> JSONResponse:
     """Say what this server and its hypervisors can do on this host."""
     private = private_texts(request)
-    runtimes = [_runtime(probe, private) for probe in await engine.probe_drivers()]
+    runtimes = [
+        Runtime(
+            name=probe.hypervisor.value,
+            available=probe.available,
+            features=sorted(probe.features),
+            version=probe.version or None,
+            accelerator=probe.accelerator or None,
+            reason=blot(probe.reason, private) if probe.reason else None,
+            hint=blot(probe.hint, private) if probe.hint else None,
+        )
+        for probe in await engine.probe_drivers()
+    ]
     runtimes.sort(key=lambda runtime: runtime.name)
     options = request.app.state.options
     arch = _ARCHITECTURES.get(platform.machine(), platform.machine())
@@ -58,18 +68,6 @@ async def capabilities(request: Request, engine: Engine) -> JSONResponse:
         images=ImagesInfo(default_platform=f"linux/{arch}", platforms=[f"linux/{arch}"]),
         features=list(_FEATURES),
     ).response()
-
-
-def _runtime(probe: DriverProbe, private: tuple[str, ...]) -> Runtime:
-    return Runtime(
-        name=probe.hypervisor.value,
-        available=probe.available,
-        features=sorted(probe.features),
-        version=probe.version or None,
-        accelerator=probe.accelerator or None,
-        reason=blot(probe.reason, private) if probe.reason else None,
-        hint=blot(probe.hint, private) if probe.hint else None,
-    )
 
 
 def _default(runtimes: list[Runtime], wanted: str | None) -> DefaultRuntime:
