@@ -8,10 +8,10 @@ from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import stillframe.guest.files as guest_files
 from stillframe.engine.context import Context
 from stillframe.engine.interface import ExecRequest, ExecSession, ReadEntry
 from stillframe.engine.machines import connect
-from stillframe.guest import files as guest_files
 from stillframe.guest.connection import AgentConnection
 from stillframe.guest.exec import start_exec
 from stillframe.host.watch import file_changes

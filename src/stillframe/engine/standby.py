@@ -127,10 +127,15 @@ async def run_loaded(
             context.commit(running, fulfils=fulfils, note=note)
         undo.pop_all()
     live = attach(context, running, machine)
-    with phases.measure("resume"):
-        await finish(machine.resume())
-    with phases.measure("identify"):
-        await identify_guest(context, running, live)
+    # Greet before the first step: the agent then finds us waiting instead of an empty line.
+    greeting = asyncio.ensure_future(identify_guest(context, running, live))
+    try:
+        with phases.measure("resume"):
+            await finish(machine.resume())
+        with phases.measure("identify"):
+            await greeting
+    finally:
+        greeting.cancel()
     return remember_timings(context, running, phases)
 
 
