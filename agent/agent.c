@@ -252,6 +252,8 @@ static bool pump_in(struct agent *a) {
         if (count <= 0)
             return false;
         a->decoder.have += (size_t)count;
+        a->last_input = now_ms();
+        a->stall_seen = false;
         while (decoder_next(&a->decoder, &frame))
             handle(a, &frame);
     }
@@ -366,7 +368,6 @@ _Noreturn static void loop(struct agent *a, int signals) {
     short port_events, control_events, signal_events, listener_events;
     for (bool connected = true;;) {
         int64_t wake = 0;
-        size_t before = a->decoder.have;
         set.count = 0;
         poll_add(&set, a->epoll, POLLIN, &port_events);
         poll_add(&set, a->control, POLLIN, &control_events);
@@ -375,8 +376,9 @@ _Noreturn static void loop(struct agent *a, int signals) {
         for (struct channel *c = a->channels; c; c = c->next)
             if (c->kind == CHANNEL_EXEC)
                 exec_poll(a, c, &set, &wake);
-        if (before)
-            sooner(&wake, now_ms() + STALL_MS);
+        bool partial = a->decoder.have > a->decoder.taken;
+        if (partial && !a->stall_seen)
+            sooner(&wake, a->last_input + STALL_MS);
         if (!connected && a->listener < 0) /* the edge of a new host wakes us; this is for a missed one */
             sooner(&wake, now_ms() + DISCONNECTED_MS);
         int count = poll(set.fds, set.count, busy(a) ? 0 : timeout_until(wake));
@@ -393,8 +395,11 @@ _Noreturn static void loop(struct agent *a, int signals) {
         connected = pump_in(a);
         if (!connected)
             disconnected(a);
-        if (count == 0 && before && before == a->decoder.have && decoder_stalled_hello(&a->decoder, &frame))
-            handle(a, &frame);
+        if (partial && !a->stall_seen && now_ms() - a->last_input >= STALL_MS) {
+            a->stall_seen = true; /* looked at once; only more bytes can change it */
+            if (decoder_stalled_hello(&a->decoder, &frame))
+                handle(a, &frame);
+        }
         struct control_message message;
         if (control_events && recv(a->control, &message, sizeof message, MSG_DONTWAIT) > 0)
             send_event(a);

@@ -26,6 +26,7 @@ struct channel {
     short in_revents, out_revents, err_revents;
     struct bytes input;
     int64_t deadline; /* ms, 0 none: when to kill */
+    size_t drained; /* bytes read after the end */
     int64_t drain_until; /* ms: terminal output of an ended process may still be under way */
 
     struct walk *walk;
@@ -47,6 +48,8 @@ struct agent {
     int port, listener, epoll; /* port: the byte stream; listener: vsock only */
     bool session;
     struct decoder decoder;
+    int64_t last_input; /* ms: when the host was last heard */
+    bool stall_seen;
     struct queued *head, **tail;
     size_t head_sent, queued;
     struct channel *channels;

@@ -16,7 +16,8 @@
 #define TIOCGPTPEER 0x5441
 #endif
 
-enum { DRAIN_MS = 50, TIMEOUT_CODE = 124 };
+/* AFTER_BYTES: the most a pipe can hold; more than that after the end was written by somebody else. */
+enum { DRAIN_MS = 50, TIMEOUT_CODE = 124, TURNS = 16, AFTER_BYTES = 1 << 20 };
 
 struct plan {
     const struct agent *agent;
@@ -277,9 +278,9 @@ static void feed(struct agent *a, struct channel *c) {
 /* Reads one stream as far as credit allows; true when nothing is left for now or for ever. */
 static bool drain(struct agent *a, struct channel *c, int *fd, uint8_t type) {
     uint8_t chunk[CHUNK];
-    while (*fd >= 0) {
-        if (!may_read(a, c))
-            return false;
+    for (int turn = 0; *fd >= 0; turn++) {
+        if (turn == TURNS || !may_read(a, c)) /* a flood must not keep the others waiting */
+            return c->drained >= AFTER_BYTES;
         size_t most = c->detached || c->credit > CHUNK ? CHUNK : c->credit;
         ssize_t count = read(*fd, chunk, most);
         if (count < 0 && errno == EINTR)
@@ -293,6 +294,8 @@ static bool drain(struct agent *a, struct channel *c, int *fd, uint8_t type) {
             *fd = -1;
             return true;
         }
+        if (c->exited)
+            c->drained += (size_t)count;
         if (c->detached)
             continue;
         c->credit -= (uint32_t)count;

@@ -61,7 +61,7 @@ class GuestExec:
     async def output(self) -> AsyncIterator[tuple[int, bytes]]:
         """Yield ``(1, stdout)`` and ``(2, stderr)`` until the command has ended.
 
-        Raises GuestFailure: code ``exec_failed`` when it could not be started, or the agent is lost.
+        Raises GuestFailure: code ``exec_failed`` if it could not be started, or the agent is lost.
         """
         while self._exit_code is None:
             frame = await self._next()
@@ -108,4 +108,6 @@ class GuestExec:
         except GuestFailure as error:
             if "errno" not in error.facts:
                 raise
-            raise GuestFailure(error.message, code="exec_failed", **error.facts) from error
+            raise GuestFailure(
+                error.message, code="exec_failed", errno=error.facts["errno"]
+            ) from error

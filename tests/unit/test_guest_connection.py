@@ -1,0 +1,155 @@
+"""A session against a small agent of our own over a socket pair."""
+
+import asyncio
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from stillframe.guest import files, wire
+from stillframe.guest.connection import AgentConnection, AgentHello
+from stillframe.guest.exec import start_exec
+from stillframe.guest.wire import Frame, FrameType
+from stillframe.model.errors import GuestFailure
+
+STATE = [("version", "1"), ("boot_id", "b-1"), ("workload", "running")]
+Answer = Callable[["FakeAgent", Frame], Awaitable[None]]
+
+
+class FakeAgent:
+    """Answers HELLO, hands every other frame to the scenario."""
+
+    def __init__(self, stream: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:
+        self.reader, self.writer = stream
+        self.seen: list[Frame] = []
+
+    def send(self, kind: int, channel: int, payload: bytes = b"") -> None:
+        self.writer.write(wire.encode(Frame(kind, channel, payload)))
+
+    async def serve(self, answer: Answer) -> None:
+        decoder = wire.Decoder()
+        while data := await self.reader.read(65536):
+            for frame in decoder.feed(data):
+                if frame.type == FrameType.HELLO:
+                    self.send(FrameType.HELLO_OK, 0, frame.payload + wire.text_list(STATE))
+                else:
+                    self.seen.append(frame)
+                    await answer(self, frame)
+
+
+@asynccontextmanager
+async def session(
+    answer: Answer, *, first: bytes = b"", on_event: Callable[[AgentHello], None] | None = None
+) -> AsyncIterator[tuple[AgentConnection, FakeAgent]]:
+    ours, theirs = socket.socketpair()
+    agent = FakeAgent(await asyncio.open_connection(sock=theirs))
+    agent.writer.write(first)
+    task = asyncio.create_task(agent.serve(answer))
+    stream = await asyncio.open_connection(sock=ours)
+    connection = await AgentConnection.open(stream, deadline=10, on_event=on_event)
+    try:
+        yield connection, agent
+    finally:
+        await connection.close()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        agent.writer.close()
+        await asyncio.gather(agent.writer.wait_closed(), return_exceptions=True)
+
+
+async def ignore(agent: FakeAgent, frame: Frame) -> None:
+    """An agent that does not answer."""
+
+
+async def test_the_greeting_is_found_behind_half_a_frame_that_claims_what_follows() -> None:
+    cut = wire.encode(Frame(FrameType.STDOUT, 3, b"z" * 60000))[:100]
+    async with session(ignore, first=cut) as (connection, _):
+        assert connection.hello == AgentHello("b-1", "running")
+
+
+async def test_a_silent_agent_is_reported_when_the_deadline_passes() -> None:
+    ours, theirs = socket.socketpair()
+    stream = await asyncio.open_connection(sock=ours)
+    with theirs, pytest.raises(GuestFailure, match="did not answer"):
+        await AgentConnection.open(stream, deadline=0.05)
+
+
+async def test_a_command_yields_both_streams_then_its_code() -> None:
+    async def answer(agent: FakeAgent, frame: Frame) -> None:
+        agent.send(FrameType.STDOUT, frame.channel, b"out")
+        agent.send(FrameType.STDERR, frame.channel, b"err")
+        agent.send(FrameType.EXIT, frame.channel, struct.pack("<i", 7))
+
+    async with session(answer) as (connection, agent):
+        command = await start_exec(connection, ["sh", "-c", "x"], env={"A": "b"})
+        assert [part async for part in command.output()] == [(1, b"out"), (2, b"err")]
+        assert await command.wait() == 7
+        await command.close()
+        fields = wire.parse_text_list(agent.seen[0].payload)
+        assert fields[:4] == [("arg", "sh"), ("arg", "-c"), ("arg", "x"), ("env", "A=b")]
+
+
+async def test_a_command_that_cannot_start_is_told_apart() -> None:
+    async def answer(agent: FakeAgent, frame: Frame) -> None:
+        error = wire.text_list([("errno", "ENOENT"), ("message", "exec: no such file")])
+        agent.send(FrameType.ERROR, frame.channel, error)
+
+    async with session(answer) as (connection, _):
+        with pytest.raises(GuestFailure) as caught:
+            await (await start_exec(connection, ["nope"])).wait()
+        assert (caught.value.code, caught.value.facts) == ("exec_failed", {"errno": "ENOENT"})
+
+
+async def test_stdin_waits_for_the_guests_credit() -> None:
+    full = asyncio.Event()
+
+    async def answer(agent: FakeAgent, frame: Frame) -> None:
+        if sum(len(f.payload) for f in agent.seen if f.type == FrameType.STDIN) == 262144:
+            full.set()
+
+    async with session(answer) as (connection, agent):
+        command = await start_exec(connection, ["cat"])
+        writing = asyncio.create_task(command.write_stdin(b"x" * 262145))
+        await full.wait()
+        assert not writing.done()
+        agent.send(FrameType.CREDIT, 1, struct.pack("<I", 1))
+        await writing
+        await command.close()
+
+
+async def test_a_lost_guest_fails_every_open_command() -> None:
+    async def answer(agent: FakeAgent, frame: Frame) -> None:
+        if len(agent.seen) == 2:
+            agent.writer.close()
+
+    async with session(answer) as (connection, _):
+        commands = [await start_exec(connection, ["sleep"]) for _ in range(2)]
+        for command in commands:
+            with pytest.raises(GuestFailure, match="stream"):
+                await command.wait()
+        with pytest.raises(GuestFailure):
+            connection.open_channel()
+
+
+async def test_the_end_of_the_workload_is_heard() -> None:
+    heard: asyncio.Queue[AgentHello] = asyncio.Queue()
+    async with session(ignore, on_event=heard.put_nowait) as (connection, agent):
+        ended = [*STATE[:2], ("workload", "exited"), ("exit_code", "3")]
+        agent.send(FrameType.EVENT, 0, wire.text_list(ended))
+        assert await heard.get() == AgentHello("b-1", "exited", 3)
+        assert connection.hello.exit_code == 3
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "a/../../b", "..", "", "a//b", "x" * 300])
+async def test_a_path_that_leaves_the_tree_is_refused(path: str) -> None:
+    async def answer(agent: FakeAgent, frame: Frame) -> None:
+        entry = [("path", path), ("type", "file"), ("mode", "644"), ("size", "0")]
+        entry += [("mtime", "1"), ("uid", "0"), ("gid", "0")]
+        agent.send(FrameType.ENTRY, frame.channel, wire.text_list(entry))
+
+    async with session(answer) as (connection, _):
+        with pytest.raises(GuestFailure, match="outside"):
+            async for _ in files.read_path(connection, "/tree"):
+                pass
