@@ -152,7 +152,8 @@ class DoubleEngine:
 
     def last(self, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the latest call of a method."""
-        return next(call[1:] for call in reversed(self.calls) if call[0] == name)
+        _, arguments, keywords = next(c for c in reversed(self.calls) if c[0] == name)
+        return arguments, keywords
 
     def find_instance(self, reference: str) -> Instance:
         self._note("find_instance", reference)

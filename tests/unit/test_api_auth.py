@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from typing import cast
 
 import jwt
 import pytest
@@ -14,6 +15,7 @@ from starlette.testclient import TestClient, WebSocketDenialResponse
 
 from stillframe.api.app import ROUTERS, create_app
 from stillframe.api.auth import SCOPES, RequiredScope, ScopedRoute, required_scope
+from stillframe.engine.interface import EngineInterface
 from stillframe.model.errors import InvalidRequest
 
 PUBLIC = {"/health"}
@@ -127,4 +129,4 @@ def test_websockets_are_refused_before_the_upgrade(client: TestClient, endpoint:
 
 def test_a_short_secret_is_refused() -> None:
     with pytest.raises(InvalidRequest):
-        create_app(DoubleEngine(), jwt_secret=b"short", version="1")  # type: ignore[arg-type]
+        create_app(cast(EngineInterface, DoubleEngine()), jwt_secret=b"short", version="1")

@@ -77,7 +77,7 @@ def test_frames_are_exactly_the_contracts(url: str) -> None:
         socket.send('{"text": "is stdin"}')
         assert socket.recv(10) == b'{"TEXT": "IS STDIN"}'
         socket.send(b"x" * 100_000)
-        assert len(bytes(socket.recv(10))) == 32 * 1024
+        assert len(socket.recv(10)) == 32 * 1024
         for _ in range(3):
             socket.recv(10)
         socket.send(b"")
