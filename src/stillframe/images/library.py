@@ -1,0 +1,393 @@
+"""The images of a server: pulled, imported or built in, each a root disk kept by its digest.
+
+    root/<digest hex>/root.squashfs, config.json
+    root/.new-<random>/            one being made; renamed into place, removed on failure
+
+Used from the event loop's thread; hashing, merging and building run in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import secrets
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from stillframe.host.files import fsync_directory, fsync_file, remove_tree, storage_errors
+from stillframe.images.base import BASE_CONFIG, find_busybox, write_base_tar
+from stillframe.images.disk import build_root_disk
+from stillframe.images.layers import MergedLayers
+from stillframe.images.layout import LayeredImage, open_source
+from stillframe.images.reference import Reference, check_platform, parse_reference
+from stillframe.images.registry import RegistryClient
+from stillframe.model.errors import (
+    Ambiguous,
+    Conflict,
+    HostFailure,
+    NotFound,
+    RateLimited,
+    StillframeError,
+)
+from stillframe.model.values import Image, ImageConfig, ImageStatus
+
+T = TypeVar("T")
+_DIGEST = re.compile(r"(?:sha256:)?[0-9a-f]{6,64}")
+_MAX_PULLS, _MAX_AT_ONCE = 32, 2
+_BUSY = (ImageStatus.PENDING, ImageStatus.PULLING, ImageStatus.CONVERTING)
+
+
+class ImageRecords(Protocol):
+    """What the library remembers images in, by name."""
+
+    def put(self, image: Image) -> None:
+        """Write an image under its name, durably."""
+
+    def get(self, name: str) -> Image | None:
+        """The image of that name."""
+
+    def list(self) -> list[Image]:
+        """All images, oldest first."""
+
+    def delete(self, name: str) -> None:
+        """Forget a name. Raises NotFound."""
+
+
+@dataclass(slots=True)
+class _Pull:
+    """Work on one image that several callers may wait for."""
+
+    task: asyncio.Task[Image]
+    credentials: Mapping[str, str] = field(repr=False)
+
+
+class ImageLibrary:
+    """Images by name and digest."""
+
+    def __init__(self, root: Path, records: ImageRecords) -> None:
+        """Use ``root`` (made if absent), sweeping up what an interrupted server left."""
+        self._root, self._records = root, records
+        self._pulls: dict[str, _Pull] = {}
+        self._slots = asyncio.Semaphore(_MAX_AT_ONCE)
+        with storage_errors("open the image directory"):
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for leftover in root.glob(".new-*"):
+                remove_tree(leftover)
+        for image in records.list():
+            if image.status in _BUSY:
+                self._fail(image, "the server was stopped while the image was being made")
+            elif image.status is ImageStatus.READY and not self._disk(image.digest).is_file():
+                self._fail(image, "its root disk is missing")
+
+    # -- looking up -------------------------------------------------------------------------------
+    def find(self, reference: str) -> Image:
+        """By name, digest or unique digest prefix. Raises NotFound, Ambiguous, InvalidRequest."""
+        if not _DIGEST.fullmatch(reference):
+            image = self._records.get(str(parse_reference(reference)))
+            if image is not None:
+                return image
+        else:
+            named = None
+            if not reference.startswith("sha256:"):
+                named = self._records.get(str(parse_reference(reference)))
+            if named is not None:
+                return named
+            found = self._by_prefix(reference.removeprefix("sha256:"))
+            if found is not None:
+                return found
+        raise NotFound(f"no image {reference[:80]!r}", hint="pull it first")
+
+    def _by_prefix(self, prefix: str) -> Image | None:
+        found = {
+            i.digest: i
+            for i in reversed(self._records.list())
+            if i.digest.startswith(f"sha256:{prefix}")
+        }
+        if len(found) > 1:
+            raise Ambiguous("multiple resources match, use full ID")
+        return next(iter(found.values()), None)
+
+    def by_digest(self, digest: str) -> Image:
+        """The ready image with exactly that digest. Raises NotFound."""
+        for image in self._records.list():
+            if image.digest == digest and image.status is ImageStatus.READY:
+                return image
+        if self._disk(digest).is_file():  # its name moved on to another digest
+            return self._load(digest)
+        raise NotFound(f"no image with digest {digest[:80]}", hint="pull it again")
+
+    def list(self, tags: Mapping[str, str] | None = None) -> list[Image]:
+        """All images with all of the given tags, oldest first."""
+        wanted = (tags or {}).items()
+        return [i for i in self._records.list() if wanted <= dict(i.tags).items()]
+
+    def root_disk(self, digest: str) -> Path:
+        """The root disk of a ready image. Raises NotFound when it is not there."""
+        path = self._disk(digest)
+        if not path.is_file():
+            raise NotFound(f"the root disk of image {digest[:80]} is missing", hint="pull it again")
+        return path
+
+    def _disk(self, digest: str) -> Path:
+        return self._home(digest) / "root.squashfs"
+
+    def _home(self, digest: str) -> Path:
+        digits = digest.removeprefix("sha256:")
+        if len(digits) != 64 or not set(digits) <= set("0123456789abcdef"):
+            raise NotFound(f"no image with digest {digest[:80]!r}")
+        return self._root / digits
+
+    # -- making -----------------------------------------------------------------------------------
+    async def ensure(
+        self,
+        reference: str,
+        platform: str | None = None,
+        credentials: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> Image:
+        """A ready image, pulled if need be; joins a pull that is under way.
+
+        Raises InvalidRequest, NotFound, and what pulling and building raise.
+        """
+        check_platform(platform)
+        if _DIGEST.fullmatch(reference):
+            with contextlib.suppress(NotFound):
+                return self.find(reference)
+        name = str(parse_reference(reference))
+        known = self._records.get(name)
+        if known is not None and known.status is ImageStatus.READY:
+            return known
+        pull = self._pulls.get(name)
+        if pull is None:
+            self.begin_pull(reference, platform, credentials, tags)
+            pull = self._pulls[name]
+        return await asyncio.shield(pull.task)  # others may wait for it: do not cancel it
+
+    def begin_pull(
+        self,
+        reference: str,
+        platform: str | None = None,
+        credentials: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> Image:
+        """Start to pull (or make the built-in image) in the background; returns at once.
+
+        A ready image stays usable while its tag is looked up again. Raises InvalidRequest,
+        NotFound (platform), Conflict (under way with other credentials), RateLimited.
+        """
+        wanted, parsed = check_platform(platform), parse_reference(reference)
+        name, secret = str(parsed), dict(credentials or {})
+        image = self._records.get(name)
+        running = self._pulls.get(name)
+        if running is not None and image is not None:
+            if running.credentials != secret:
+                raise Conflict(f"image {name} is being pulled with other credentials")
+            return image
+        if len(self._pulls) >= _MAX_PULLS:
+            raise RateLimited(f"{_MAX_PULLS} images are being pulled", hint="try again later")
+        if image is None or image.status is not ImageStatus.READY:
+            image = Image(name, "", ImageStatus.PENDING, datetime.now(UTC), wanted)
+        image = replace(image, tags=dict(image.tags if tags is None else tags))
+        self._records.put(image)
+        self._start(name, secret, lambda: self._fetch(image, parsed, wanted, secret))
+        return image
+
+    async def import_image(
+        self, name: str, source: Path, tags: Mapping[str, str] | None = None
+    ) -> Image:
+        """An image from a root file system tar, an OCI layout (directory or tar).
+
+        Raises InvalidRequest (``invalid_name``, ``invalid_layer``), Conflict, HostFailure.
+        """
+        reference = parse_reference(name)
+        normal = str(reference)
+        if reference.is_builtin or normal in self._pulls:
+            raise Conflict(f"image {normal} is built in or being made", code="already_exists")
+        image = Image(normal, "", ImageStatus.CONVERTING, datetime.now(UTC), tags=dict(tags or {}))
+        self._start(normal, {}, lambda: self._take(image, source))
+        return await asyncio.shield(self._pulls[normal].task)
+
+    def _start(
+        self,
+        name: str,
+        credentials: Mapping[str, str],
+        work: Callable[[], Coroutine[Any, Any, Image]],
+    ) -> None:
+        task: asyncio.Task[Image] = asyncio.get_running_loop().create_task(work())
+        self._pulls[name] = _Pull(task, credentials)
+        task.add_done_callback(lambda done: self._ended(name, done))
+
+    def _ended(self, name: str, task: asyncio.Task[Image]) -> None:
+        self._pulls.pop(name, None)
+        if not task.cancelled():
+            task.exception()  # seen: it is in the record, and raised to whoever waits
+
+    async def _fetch(
+        self, image: Image, reference: Reference, platform: str, credentials: Mapping[str, str]
+    ) -> Image:
+        with self._recording_failure(image):
+            async with self._slots:
+                with self._staging() as staging:
+                    if reference.is_builtin:
+                        self._progress(image, ImageStatus.CONVERTING)
+                        return await self._commit(image, staging, None)
+                    self._progress(image, ImageStatus.PULLING)
+                    async with RegistryClient(reference, credentials) as registry:
+                        layered = await registry.pull(platform, staging / "blobs")
+                    image = replace(image, digest=image.digest or layered.digest or "")
+                    if layered.digest and self._disk(layered.digest).is_file():
+                        return self._adopt(image, layered.digest)
+                    self._progress(image, ImageStatus.CONVERTING)
+                    return await self._commit(image, staging, layered)
+
+    async def _take(self, image: Image, source: Path) -> Image:
+        async with self._slots:
+            with self._staging() as staging:
+                scratch = staging / "blobs"
+                layered = await _in_thread(lambda: open_source(source, scratch))
+                return await self._commit(image, staging, layered)
+
+    async def _commit(self, image: Image, staging: Path, layered: LayeredImage | None) -> Image:
+        digest, config = await _in_thread(lambda: _build(staging, layered))
+        self._write_config(staging, image, digest, config)
+        home = self._home(digest)
+        with storage_errors("keep an image"):
+            await _in_thread(lambda: _publish(staging, home))
+        return self._adopt(image, digest)
+
+    @staticmethod
+    def _write_config(staging: Path, image: Image, digest: str, config: ImageConfig) -> None:
+        document = {"digest": digest, "name": image.name, "platform": image.platform}
+        with storage_errors("keep an image"):
+            (staging / "config.json").write_text(json.dumps(document | {"config": asdict(config)}))
+
+    def _adopt(self, image: Image, digest: str) -> Image:
+        ready = replace(
+            self._load(digest),
+            name=image.name,
+            created_at=image.created_at,
+            tags=image.tags,
+        )
+        self._records.put(ready)
+        return ready
+
+    def _load(self, digest: str) -> Image:
+        home = self._home(digest)
+        try:
+            document = json.loads((home / "config.json").read_text())
+            raw = document["config"]
+            config = ImageConfig(
+                tuple(raw["entrypoint"]), tuple(raw["cmd"]), dict(raw["env"]),
+                raw["working_dir"], raw["user"],
+            )  # fmt: skip
+            status = (home / "root.squashfs").stat()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise HostFailure(f"image {digest} cannot be read", code="damaged") from error
+        made = datetime.fromtimestamp(status.st_mtime, UTC)
+        return Image(
+            document["name"], digest, ImageStatus.READY, made, document["platform"],
+            size_bytes=status.st_size, config=config,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _recording_failure(self, image: Image) -> Iterator[None]:
+        try:
+            yield
+        except asyncio.CancelledError:
+            self._fail(image, "the pull was cancelled")
+            raise
+        except StillframeError as error:
+            self._fail(image, error.message)
+            raise
+        except OSError as error:
+            self._fail(image, str(error))
+            raise HostFailure(f"image {image.name} could not be made: {error}") from error
+
+    def _fail(self, image: Image, reason: str) -> None:
+        known = self._records.get(image.name)
+        if known is None:  # deleted meanwhile
+            return
+        if known.status in _BUSY or not self._disk_exists(known.digest):
+            self._records.put(replace(known, status=ImageStatus.FAILED, error=reason))
+
+    def _disk_exists(self, digest: str) -> bool:
+        return bool(digest) and self._disk(digest).is_file()
+
+    def _progress(self, image: Image, status: ImageStatus) -> None:
+        known = self._records.get(image.name)
+        if known is not None and known.status is not ImageStatus.READY:
+            self._records.put(
+                replace(known, status=status, error=None, digest=image.digest or known.digest)
+            )
+
+    @contextlib.contextmanager
+    def _staging(self) -> Iterator[Path]:
+        staging = self._root / f".new-{secrets.token_hex(8)}"
+        with storage_errors("make an image"):
+            staging.mkdir(mode=0o700)
+            (staging / "blobs").mkdir(mode=0o700)
+        try:
+            yield staging
+        finally:
+            remove_tree(staging)
+
+    # -- ending -----------------------------------------------------------------------------------
+    def delete(self, reference: str) -> None:
+        """Forget a name, end its pull, and remove its disk when no other name has it.
+
+        The caller has checked that nothing runs on it. Raises NotFound, InvalidRequest.
+        """
+        image = self.find(reference)
+        pull = self._pulls.get(image.name)
+        if pull is not None:
+            pull.task.cancel()
+        self._records.delete(image.name)
+        if image.digest and all(i.digest != image.digest for i in self._records.list()):
+            remove_tree(self._home(image.digest))
+
+    async def close(self) -> None:
+        """Cancel what is under way and wait until it is undone."""
+        tasks = [pull.task for pull in self._pulls.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _build(staging: Path, layered: LayeredImage | None) -> tuple[str, ImageConfig]:
+    disk = staging / "root.squashfs"
+    if layered is None:
+        busybox = find_busybox()
+        digest = build_root_disk(lambda output: write_base_tar(output, busybox), disk)
+        return digest, BASE_CONFIG
+    merged = MergedLayers(layered.blobs)
+    digest = build_root_disk(merged.write, disk, root_mode=merged.root_mode)
+    return layered.digest or digest, layered.config
+
+
+def _publish(staging: Path, home: Path) -> None:
+    """Make the new image durable, then visible by one rename."""
+    remove_tree(staging / "blobs")
+    for name in ("root.squashfs", "config.json"):
+        fsync_file(staging / name)
+    fsync_directory(staging)
+    if not (home / "root.squashfs").is_file():
+        remove_tree(home)
+        staging.rename(home)
+    fsync_directory(home.parent)
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """Run ``work`` in a thread; when cancelled, first wait until it is out of our files."""
+    job = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(job)
+    except asyncio.CancelledError:
+        await asyncio.wait([job])
+        if not job.cancelled():
+            job.exception()
+        raise
