@@ -313,7 +313,7 @@ class Engine:
                 hint=f"delete them first, for example {users[0]}",
                 users=len(users),
             )
-        await asyncio.to_thread(self.context.images.delete, reference)
+        self.context.images.delete(reference)
 
     # -- host ---------------------------------------------------------------------------------
     async def probe_drivers(self) -> list[DriverProbe]:
