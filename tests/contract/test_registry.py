@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from support.registry import Registry, available, layer, running_registry, write_layout
-
 from stillframe.images.library import ImageLibrary
 from stillframe.model.errors import InvalidRequest, NotFound
 from stillframe.model.values import Image, ImageStatus
+from support.registry import Registry, available, layer, running_registry, write_layout
 
 pytestmark = pytest.mark.skipif(not available, reason="needs docker-registry and skopeo")
 

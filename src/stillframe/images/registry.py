@@ -91,7 +91,8 @@ class RegistryClient:
         """Download manifest, config and layers; layers land in ``directory`` by their hex digest.
 
         Raises NotFound, RateLimited, InvalidRequest (``registry_unauthorized``,
-        ``invalid_image``, ``invalid_layer``, ``forbidden_address``), Timeout, HostFailure, StorageFull.
+        ``invalid_image``, ``invalid_layer``, ``forbidden_address``), Timeout, HostFailure,
+        StorageFull.
         """
         document, digest = await self._manifest(self._reference.target)
         if "manifests" in document:
