@@ -31,6 +31,7 @@ import stillframe
 from stillframe.engine.interface import EngineInterface
 from stillframe.engine.settings import EngineSettings
 from stillframe.model.errors import Conflict, HostFailure, InvalidRequest, MissingComponent
+from stillframe.model.values import Hypervisor
 
 _LOG = logging.getLogger("stillframe.server")
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -204,8 +205,12 @@ async def _main(
 ) -> None:
     from stillframe.api.app import create_app
     from stillframe.engine.engine import Engine
+    from stillframe.vmm.drivers import make_drivers
 
-    engine: EngineInterface = Engine(settings)
+    cache_dir = settings.data_dir / "cache"
+    fake = settings.default_hypervisor is Hypervisor.FAKE
+    drivers = make_drivers(settings.qemu_binary, settings.accelerator, cache_dir, fake=fake)
+    engine: EngineInterface = Engine(settings, drivers)
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     server: _Server | None = None
 
@@ -221,7 +226,14 @@ async def _main(
     async with AsyncExitStack() as stack:
         stack.push_async_callback(engine.close)
         await engine.open()
-        app = create_app(engine, jwt_secret=secret, version=stillframe.__version__)
+        app = create_app(
+            engine,
+            jwt_secret=secret,
+            version=stillframe.__version__,
+            default_hypervisor=settings.default_hypervisor,
+            upload_dir=settings.data_dir,
+            private_paths=(settings.data_dir,),
+        )
         config = uvicorn.Config(
             app,
             log_config=None,

@@ -1,4 +1,4 @@
-"""The drivers there are, made ready for one server."""
+"""Which drivers this host's server has."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ from stillframe.vmm.driver import Driver
 from stillframe.vmm.qemu import QemuDriver
 
 
-def make_drivers(qemu_binary: str, accelerator: str, cache_dir: Path) -> list[Driver]:
-    """One driver for each hypervisor; what works here is found out by their probes."""
-    return [QemuDriver(qemu_binary, accelerator, cache_dir)]
+def make_drivers(
+    qemu_binary: str, accelerator: str, cache_dir: Path, *, fake: bool = False
+) -> list[Driver]:
+    """All drivers, each of which finds out for itself whether it can work here.
+
+    ``accelerator`` is auto, kvm or tcg; ``cache_dir`` keeps slow findings for the next start.
+    The fake hypervisor runs no guest kernel and is only there when asked for by name.
+    """
+    drivers: list[Driver] = [QemuDriver(qemu_binary, accelerator=accelerator, cache_dir=cache_dir)]
+    if fake:
+        from stillframe.vmm.fake import FakeDriver
+
+        drivers.append(FakeDriver())
+    return drivers
