@@ -1,7 +1,8 @@
 """The initrd: our init and the kernel modules it loads, as an uncompressed newc cpio archive.
 
-Uncompressed because emulated CPUs spend longer inflating than QEMU spends copying (measured
-under TCG), and because equal input must give equal bytes. The format is cpio(5) "new ASCII".
+Uncompressed: at 1.4 MiB, single boots under TCG with and without lz4 differed by less than the
+noise (2.0-2.9 s), so the simpler form is kept. Equal input gives equal bytes.
+The format is cpio(5) "new ASCII".
 """
 
 from __future__ import annotations
