@@ -75,7 +75,7 @@ def _feed(arguments: Sequence[str], write_tar: Callable[[IO[bytes]], None]) -> s
     """Run a program on what ``write_tar`` writes from a thread; the digest of that."""
     with storage_errors("open a pipe"):
         reader, writer = os.pipe()
-    failures: list[BaseException] = []
+    failures: list[Exception] = []
     sink = _Sink(os.fdopen(writer, "wb", buffering=1 << 20))
 
     def write() -> None:
@@ -83,7 +83,7 @@ def _feed(arguments: Sequence[str], write_tar: Callable[[IO[bytes]], None]) -> s
             write_tar(cast(IO[bytes], sink))
         except BrokenPipeError:  # the program gave up; its exit code says why
             pass
-        except BaseException as error:
+        except Exception as error:
             failures.append(error)
         finally:
             sink.close()
