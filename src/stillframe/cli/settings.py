@@ -55,7 +55,7 @@ def _text(value: Any) -> str:
 
 
 def _path(value: Any) -> Path:
-    return Path(_text(value)).expanduser().absolute()
+    return Path(_text(str(value) if isinstance(value, Path) else value)).expanduser().absolute()
 
 
 def _count(value: Any) -> int:
