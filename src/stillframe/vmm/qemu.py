@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from stillframe.host.probes import kvm_works
 from stillframe.host.process import Process, adopt, run, spawn
 from stillframe.host.sockets import bind_unix, connect_socket, connect_unix
 from stillframe.model.errors import HostFailure, MissingComponent, StillframeError, VmmFailure
@@ -227,6 +226,8 @@ class QemuDriver:
         remembered = self._remembered(binary)
         if remembered is not None and remembered.exists():
             return remembered.read_text()
+        from stillframe.host.probes import kvm_works  # slow to import, rarely needed
+
         works, _ = await asyncio.to_thread(kvm_works, binary)
         chosen = "kvm" if works else "tcg"
         if remembered is not None:
