@@ -1,0 +1,95 @@
+"""Settings: file below environment below flags, and complaints that name the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stillframe.cli.settings import KEYS, Settings, load_settings
+from stillframe.model.errors import InvalidRequest
+from stillframe.model.units import GIB
+from stillframe.model.values import Hypervisor
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "config.toml"
+    file.write_text(text)
+    return file
+
+
+def test_flags_beat_the_environment_which_beats_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, 'listen = "a:1"\nlog_level = "debug"\nlog_format = "json"\n')
+    environment = {"STILLFRAME_CONFIG": str(file), "STILLFRAME_LISTEN": "b:2",
+                   "STILLFRAME_LOG_LEVEL": "error"}  # fmt: skip
+    settings = load_settings(environment=environment, flags={"listen": "c:3", "log_level": None})
+    assert (settings.listen, settings.log_level, settings.log_format) == ("c:3", "error", "json")
+
+
+def test_tables_of_the_file_and_their_variables(tmp_path: Path) -> None:
+    file = write(tmp_path, '[limits]\nmax_memory = "4GB"\nmax_vcpus = 3\n[defaults]\nvcpus = 1\n')
+    settings = load_settings(
+        config=file, environment={"STILLFRAME_LIMITS_MAX_VCPUS": "5"}, flags={}
+    )
+    assert settings.max_memory_bytes == 4 * GIB
+    assert settings.max_vcpus == 5
+    assert settings.default_vcpus == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("[limits]\nmax_memory = 'much'", "limits.max_memory"),
+        ("[limits]\nmax_vcpus = 0", "limits.max_vcpus"),
+        ("[limits]\nmax_vcpus = true", "limits.max_vcpus"),
+        ("default_hypervisor = 'xen'", "default_hypervisor"),
+        ("data_dir = 7", "data_dir"),
+        ("[limits]\nmax_disks = 7", "limits.max_disks"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_file(tmp_path: Path, text: str, key: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(InvalidRequest) as caught:
+        load_settings(config=file, environment={}, flags={})
+    assert key in caught.value.message
+    assert str(file) in caught.value.message
+
+
+def test_a_bad_variable_is_named() -> None:
+    with pytest.raises(InvalidRequest, match="STILLFRAME_ACCELERATOR"):
+        load_settings(environment={"STILLFRAME_ACCELERATOR": "warp"}, flags={})
+
+
+def test_a_missing_file_that_was_asked_for_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="cannot read"):
+        load_settings(config=tmp_path / "none.toml", environment={}, flags={})
+
+
+def test_broken_toml_says_where(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="line 1"):
+        load_settings(config=write(tmp_path, "listen = = 1"), environment={}, flags={})
+
+
+def test_paths_come_as_texts_and_as_paths(tmp_path: Path) -> None:
+    settings = load_settings(environment={}, flags={"data_dir": tmp_path})
+    assert settings.data_dir == tmp_path
+    settings = load_settings(environment={"STILLFRAME_DATA_DIR": "~/vms"}, flags={})
+    assert settings.data_dir == Path.home() / "vms"
+
+
+def test_an_installed_kernel_is_preferred_to_the_source_tree(tmp_path: Path) -> None:
+    (tmp_path / "stillframe/kernel").mkdir(parents=True)
+    settings = load_settings(environment={"XDG_DATA_HOME": str(tmp_path)}, flags={})
+    assert settings.kernel_dir == tmp_path / "stillframe/kernel"
+
+
+def test_every_key_has_a_field_and_every_field_a_key() -> None:
+    assert {field for field, _ in KEYS.values()} == set(Settings.__dataclass_fields__)
+
+
+def test_the_contracts_defaults() -> None:
+    settings = load_settings(environment={}, flags={})
+    assert settings.default_memory_bytes == 1 * GIB
+    assert settings.default_overlay_bytes == 10 * GIB
+    assert (settings.default_vcpus, settings.max_vcpus) == (2, 16)
+    assert settings.default_hypervisor is Hypervisor.QEMU
