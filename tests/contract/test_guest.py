@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ from hypeman.lib.cp import CopyProtocolError, cp_from_instance, cp_to_instance
 from hypeman.lib.exec import exec as sdk_exec
 from websockets.exceptions import InvalidStatus
 
-from conftest import Maker, Server
-
-Refused = Callable[..., Any]
+from support.contract import Maker, Refused, mint
+from support.server import Server
 
 
 def test_a_command_runs_with_its_surroundings(sdk: Hypeman, make: Maker) -> None:
@@ -75,7 +73,7 @@ def test_logs_are_lines(sdk: Hypeman, make: Maker, refused: Refused) -> None:
 
 def test_a_token_for_reading_cannot_enter_the_guest(server: Server, make: Maker) -> None:
     made = make()
-    reader = Hypeman(api_key=server.token(permissions=["instance:read"]), base_url=server.url)
+    reader = Hypeman(api_key=mint(server, permissions=["instance:read"]), base_url=server.url)
     with reader, pytest.raises(InvalidStatus) as refused:
         sdk_exec(reader, made.id, ["true"])
     assert refused.value.response.status_code == 403

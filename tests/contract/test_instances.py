@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 from hypeman import Hypeman, NotFoundError
 
-from conftest import IMAGE, Maker
+from support.contract import IMAGE, Maker, Refused, body_of
 
-Refused = Callable[..., Any]
 NO_ID = "z" * 24
 
 
@@ -99,7 +98,7 @@ def test_a_name_belongs_to_one_instance(sdk: Hypeman, make: Maker, refused: Refu
     error = refused(
         400, "already_exists", sdk.instances.create, name=made.name, image=IMAGE, size="128MB"
     )
-    assert "hint" in [detail["code"] for detail in error.body["details"]]
+    assert "hint" in [detail["code"] for detail in body_of(error)["details"]]
     refused(409, "name_conflict", sdk.instances.fork, made.id, name=made.name, from_running=True)
 
 

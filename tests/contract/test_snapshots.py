@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from hypeman import Hypeman
 
-from conftest import Maker
+from support.contract import Maker, Refused
 
-Refused = Callable[..., Any]
 NO_ID = "z" * 24
 
 

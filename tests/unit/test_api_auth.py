@@ -9,7 +9,6 @@ from typing import cast
 
 import jwt
 import pytest
-from api_double import SECRET, DoubleEngine, app_over, bearer, token
 from fastapi.routing import APIRoute, APIWebSocketRoute
 from starlette.testclient import TestClient, WebSocketDenialResponse
 
@@ -17,6 +16,7 @@ from stillframe.api.app import ROUTERS, create_app
 from stillframe.api.auth import SCOPES, RequiredScope, ScopedRoute, required_scope
 from stillframe.engine.interface import EngineInterface
 from stillframe.model.errors import InvalidRequest
+from support.api_double import SECRET, DoubleEngine, app_over, bearer, token
 
 PUBLIC = {"/health"}
 

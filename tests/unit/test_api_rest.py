@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_double import PRIVATE, DoubleEngine, app_over, bearer, instance, snapshot
 from starlette.testclient import TestClient
 
 from stillframe.model.errors import (
@@ -21,6 +20,7 @@ from stillframe.model.errors import (
 from stillframe.model.states import InstanceState
 from stillframe.model.values import Hypervisor, SnapshotKind
 from stillframe.vmm.driver import DriverProbe
+from support.api_double import PRIVATE, DoubleEngine, app_over, bearer, instance, snapshot
 
 INJECT = {"header": "Authorization", "format": "Bearer ${value}"}
 

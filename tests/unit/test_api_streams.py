@@ -8,7 +8,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from api_double import DoubleEngine, app_over, bearer, instance, served, token
 from hypeman import Hypeman
 from hypeman.lib.cp import CopyProtocolError, cp_from_instance, cp_to_instance
 from hypeman.lib.exec import exec as sdk_exec
@@ -18,6 +17,7 @@ from websockets.sync.client import ClientConnection, connect
 from stillframe.engine.interface import ReadEntry
 from stillframe.model.errors import GuestFailure, NotFound
 from stillframe.model.states import InstanceState
+from support.api_double import DoubleEngine, app_over, bearer, instance, served, token
 
 
 @pytest.fixture
