@@ -124,6 +124,8 @@ class Watcher:
 def main() -> int:
     """Run the demonstration; 0 if every check held."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in ("STILLFRAME_TOKEN", "HYPEMAN_API_KEY", "STILLFRAME_CONFIG"):
+        os.environ.pop(name, None)  # They belong to another server than the one made here.
     report = Report()
     directory = Path(tempfile.mkdtemp(prefix="stillframe-demo-"))
     try:
@@ -150,7 +152,9 @@ def _demonstrate(client: Client, report: Report) -> None:
         client.request("POST", "/instances", body=body)
         _wait_running(client, "source")
         answer.update(client.request("GET", instance_path("source")))
-    _shell(client, "source", f"nohup sh -c '{WORKLOAD}' >/dev/null 2>&1 </dev/null &")
+    # A session of its own outlives the command that starts it, which waits until it is there.
+    start = f"setsid nohup sh -c '{WORKLOAD}' >/dev/null 2>&1 </dev/null &"
+    _shell(client, "source", f"{start} until [ -e /root/count ]; do usleep 20000; done")
     with report.phase("let it count to 40"):
         _until(lambda: _count(client, "source") >= 40)
     with Watcher(client, "source") as watcher:
@@ -261,14 +265,12 @@ def _server(directory: Path, report: Report) -> Iterator[Client]:
     log = directory / "server.log"
     command = [sys.executable, "-m", "stillframe.cli.main", "serve", "--data-dir",
                str(directory / "data"), "--listen", "127.0.0.1:0"]  # fmt: skip
-    foreign = ("STILLFRAME_", "HYPEMAN_")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     with contextlib.ExitStack() as stack:
         with report.phase("start a server on an empty directory"):
             errors = stack.enter_context(log.open("wb"))
             # A session of its own: a Ctrl-C reaches us, and we end it in order.
             process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=errors, env=environment,
+                command, stdout=subprocess.PIPE, stderr=errors,
                 start_new_session=True,
             )  # fmt: skip
             stack.callback(_end, process)

@@ -160,6 +160,8 @@ def configure_logging(log_format: str, level: str, stream: IO[str] | None = None
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    # It calls every WebSocket an event worth telling.
+    logging.getLogger("uvicorn.error").setLevel(max(root.level, logging.WARNING))
 
 
 class JsonFormatter(logging.Formatter):
