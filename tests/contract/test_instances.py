@@ -118,7 +118,7 @@ def test_a_wrong_state_is_refused_and_not_retried(
         "invalid_state",
         sdk.instances.standby,
         made.id,
-        compression={"enabled": True, "algorithm": "zstd"},
+        compression={"enabled": False},
     )
 
 
