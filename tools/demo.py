@@ -153,7 +153,7 @@ def _demonstrate(client: Client, report: Report) -> None:
         _wait_running(client, "source")
         answer.update(client.request("GET", instance_path("source")))
     # A session of its own outlives the command that starts it, which waits until it is there.
-    start = f"setsid nohup sh -c '{WORKLOAD}' >/dev/null 2>&1 </dev/null &"
+    start = f"setsid sh -c '{WORKLOAD}' >/dev/null 2>&1 </dev/null &"
     _shell(client, "source", f"{start} until [ -e /root/count ]; do usleep 20000; done")
     with report.phase("let it count to 40"):
         _until(lambda: _count(client, "source") >= 40)
