@@ -1,0 +1,57 @@
+"""The KVM probe can succeed (shown under software emulation), and fails with a reason."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from stillframe.host import probes
+
+QEMU = shutil.which("qemu-system-x86_64")
+needs_qemu = pytest.mark.skipif(QEMU is None, reason="needs qemu-system-x86_64")
+
+
+def test_the_sector_is_bootable() -> None:
+    assert len(probes.SECTOR) == 512
+    assert probes.SECTOR.endswith(b"\x55\xaa")
+
+
+@needs_qemu
+def test_the_sector_passes_under_software_emulation() -> None:
+    assert probes.accelerator_works(str(QEMU), "tcg") == (
+        True,
+        "tcg ran a 64-bit guest with interrupts",
+    )
+
+
+@needs_qemu
+def test_an_accelerator_that_does_not_exist_is_refused_with_qemus_words() -> None:
+    works, reason = probes.accelerator_works(str(QEMU), "nonesuch")
+    assert not works
+    assert "nonesuch" in reason
+
+
+@needs_qemu
+def test_a_guest_that_never_answers_counts_as_not_working(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "SECTOR", b"\xeb\xfe".ljust(510, b"\0") + b"\x55\xaa")
+    monkeypatch.setattr(probes, "_DEADLINE", 1.0)
+    works, reason = probes.accelerator_works(str(QEMU), "tcg")
+    assert not works
+    assert "does not run a 64-bit guest" in reason
+
+
+def test_a_missing_emulator_is_no_exception() -> None:
+    works, reason = probes.accelerator_works("/nonexistent/qemu", "tcg")
+    assert not works
+    assert "not installed" in reason
+
+
+def test_a_host_without_kvm_is_told_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(probes, "_KVM", tmp_path / "kvm")
+    works, reason = probes.kvm_works("qemu-system-x86_64")
+    assert not works
+    assert "kvm_intel" in reason
