@@ -87,7 +87,7 @@ class Server:
     def client(self, **options: object) -> Hypeman:
         """The official SDK's client, with full access."""
         return Hypeman(
-            base_url=self.url, api_key=self.token(), timeout=300, max_retries=0, **options
+            base_url=self.url, api_key=self.token(), timeout=120, max_retries=0, **options
         )  # type: ignore[arg-type]
 
     def cli(self, *arguments: str, input: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -122,7 +122,7 @@ def running_server(
         kill_orphans(data_dir / "instances", ())
 
 
-def run_in(client: Hypeman, instance_id: str, *command: str, timeout: int = 120) -> str:
+def run_in(client: Hypeman, instance_id: str, *command: str, timeout: int = 60) -> str:
     """Run a command in a guest by the SDK's own exec; its output, which must be a success."""
     result = exec_in_guest(client, instance_id, command, timeout=timeout)
     output = result.output.decode()

@@ -22,7 +22,7 @@ done
 
 
 def start_counting(client: Hypeman, instance_id: str) -> None:
-    run_in(client, instance_id, "sh", "-c", f"nohup sh -c '{COUNT}' >/dev/null 2>&1 &")
+    run_in(client, instance_id, "sh", "-c", f"setsid sh -c '{COUNT}' >/dev/null 2>&1 &")
     run_in(client, instance_id, "sh", "-c", "until [ -s /run/count ]; do usleep 20000; done")
 
 
@@ -174,7 +174,7 @@ def test_four_processors_and_a_busy_memory_survive_a_fork(client: Hypeman, name:
     )
     wait_running(client, instance.id)
     writers = (
-        "for w in 1 2 3; do nohup sh -c 'n=0; while :; do n=$((n+1)); "
+        "for w in 1 2 3; do setsid sh -c 'n=0; while :; do n=$((n+1)); "
         "echo $n-$n-$n > /dev/shm/w$0.new; mv /dev/shm/w$0.new /dev/shm/w$0; done' $w "
         ">/dev/null 2>&1 & done; until [ -s /dev/shm/w3 ]; do usleep 20000; done; nproc"
     )

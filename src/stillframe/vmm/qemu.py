@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from stillframe.host.files import atomic_write
+from stillframe.host.probes import kvm_works
 from stillframe.host.process import Process, adopt, run, spawn
 from stillframe.host.sockets import bind_unix, connect_socket, connect_unix
 from stillframe.model.errors import HostFailure, MissingComponent, StillframeError, VmmFailure
@@ -226,12 +228,12 @@ class QemuDriver:
         remembered = self._remembered(binary)
         if remembered is not None and remembered.exists():
             return remembered.read_text()
-        from stillframe.host.probes import kvm_works  # slow to import, rarely needed
-
         works, _ = await asyncio.to_thread(kvm_works, binary)
         chosen = "kvm" if works else "tcg"
         if remembered is not None:
-            remembered.write_text(chosen)
+            with contextlib.suppress(OSError):  # the next start merely probes again
+                remembered.parent.mkdir(mode=0o700, exist_ok=True)
+                atomic_write(remembered, chosen.encode())
         return chosen
 
     def _remembered(self, binary: str) -> Path | None:
