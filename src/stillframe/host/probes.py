@@ -48,7 +48,7 @@ def kvm_works(qemu_binary: str) -> tuple[bool, str]:
 
 
 def accelerator_works(qemu_binary: str, accelerator: str) -> tuple[bool, str]:
-    """Whether ``accelerator`` (kvm or tcg) runs the boot sector, and why. Blocks as ``kvm_works``."""
+    """Whether ``accelerator`` (kvm or tcg) runs the boot sector, and why. Blocks likewise."""
     with tempfile.TemporaryDirectory(prefix="stillframe-probe-") as directory:
         sector = Path(directory) / "sector"
         sector.write_bytes(SECTOR)
