@@ -58,7 +58,7 @@ def test_a_live_snapshot_forks_into_guests_that_go_on_and_part(
 
 
 def test_two_siblings_never_share_random_numbers(client: Hypeman, running: str, name: str) -> None:
-    run_in(client, running, "head", "-c", "64", "/dev/urandom")
+    run_in(client, running, "sh", "-c", "head -c 64 /dev/urandom | sha256sum")
     snapshot = client.instances.snapshots.create(running, kind="Standby")
     draw = "head -c 32 /dev/urandom | sha256sum; cat /etc/machine-id"
     drawn = []
@@ -196,14 +196,15 @@ def test_redis_is_forked_twice_with_all_its_data(
     assert imported.returncode == 0, imported.stderr
     instance = client.instances.create(
         name=name, image="test/redis", size="512MB", overlay_size="2GB", vcpus=2,
-        cmd=["redis-server", "--save", "", "--appendonly", "no", "--dir", "/tmp"],
+        cmd=["redis-server", "--save", "", "--appendonly", "no", "--dir", "/tmp",
+             "--enable-debug-command", "yes"],
     )  # fmt: skip
     wait_running(client, instance.id)
     fill = (
         "until redis-cli ping >/dev/null 2>&1; do sleep 0.2; done; "
-        "redis-cli debug populate 20000 key 100 >/dev/null; redis-cli set who source"
+        "redis-cli debug populate 20000 key 100; redis-cli set who source; redis-cli dbsize"
     )
-    run_in(client, instance.id, "sh", "-c", fill)
+    assert run_in(client, instance.id, "sh", "-c", fill).split() == ["OK", "OK", "20001"]
     digest = run_in(client, instance.id, "redis-cli", "debug", "digest")
     snapshot = client.instances.snapshots.create(instance.id, kind="Standby")
     forks = [client.snapshots.fork(snapshot.id, name=f"{name}-{n}") for n in range(2)]
