@@ -1,0 +1,249 @@
+"""Both drivers behind one adapter, and the conformance table at the end of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stillframe.guest.connection import AgentConnection
+from stillframe.guest.exec import start_exec
+from stillframe.host.files import clone, create_sparse
+from stillframe.host.memory import prepare_buffer, read_dirty_pages, write_dirty_pages
+from stillframe.host.orphans import kill_orphans, processes_naming
+from stillframe.images.base import find_busybox
+from stillframe.images.boot import BootPair, build_boot_pair, write_config_disk
+from stillframe.vmm.driver import Disk, Driver, Machine, MachineResources, MachineSpec
+from stillframe.vmm.fake import FakeDriver
+from stillframe.vmm.qemu import QemuDriver
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNEL = Path(os.environ.get("STILLFRAME_KERNEL_DIR", ROOT / ".cache/kernel"))
+AGENT = ROOT / "agent/build/stillframe-init"
+TOOLS = ("qemu-system-x86_64", "mksquashfs", "mkfs.ext4")
+MEMORY = 256 << 20
+BOOT_DEADLINE = 120.0
+# A counter kept by a shell's loop, the same question asked of both.
+_COUNTING = "i=0; while :; do i=$((i+1)); echo $i > /dev/shm/n; sleep 0.02; done"
+_COUNTER = {"fake": ("counter",), "qemu": ("/bin/sh", "-c", "cat /dev/shm/n")}
+_KEEP = {
+    "fake": ("set", "fork", "{}"),
+    "qemu": ("/bin/sh", "-c", "echo {} > /dev/shm/kept"),
+}
+_KEPT = {"fake": ("get", "fork"), "qemu": ("cat", "/dev/shm/kept")}
+_OUTCOMES = pytest.StashKey[dict[tuple[str, str], str]]()
+
+
+class Bench:
+    """One driver, and the files of one VM family below ``directory``."""
+
+    def __init__(self, driver: Driver, directory: Path, pair: BootPair, root: Path) -> None:
+        self.driver = driver
+        self.name = driver.hypervisor.value
+        self.directory = directory
+        self._pair, self._root = pair, root
+
+    async def spec(self, vcpus: int = 1) -> MachineSpec:
+        """The VM's shape, with the accelerator that works here."""
+        probe = await self.driver.probe()
+        assert probe.available, probe.reason
+        return MachineSpec(MEMORY, vcpus, probe.accelerator, network=False)
+
+    def resources(self, name: str) -> MachineResources:
+        """Fresh files of a cold VM."""
+        home = self.directory / name
+        home.mkdir()
+        create_sparse(home / "memory", MEMORY)
+        create_sparse(home / "overlay", 64 << 20)
+        if self.name == "qemu":
+            subprocess.run(["mkfs.ext4", "-q", home / "overlay"], check=True, timeout=60)
+        command = ["sleep", "100000"] if self.name == "fake" else ["/bin/sh", "-c", _COUNTING]
+        pairs = [("arg", part) for part in command]
+        write_config_disk(
+            home / "config", [*pairs, ("hostname", name), ("nonce", "n1"), ("seed", "5a" * 64)]
+        )
+        return MachineResources(
+            directory=home,
+            memory_image=home / "memory",
+            disks=(
+                Disk(self._root, readonly=True),
+                Disk(home / "overlay", readonly=False),
+                Disk(home / "config", readonly=True),
+            ),
+            kernel=self._pair.kernel,
+            initrd=self._pair.initrd,
+            kernel_arguments=self._pair.arguments,
+            generation_id=uuid.uuid4(),
+            console_log=home / "console.log",
+            vmm_log=home / "vmm.log",
+        )
+
+    def fork_of(self, captured: MachineResources, name: str) -> MachineResources:
+        """Resources of a fork: the captured image itself, own disks, own sockets."""
+        home = self.directory / name
+        home.mkdir()
+        clone(captured.disks[1].path, home / "overlay")
+        root, _, config = captured.disks
+        return replace(
+            captured,
+            directory=home,
+            disks=(root, Disk(home / "overlay", readonly=False), config),
+            generation_id=uuid.uuid4(),
+            console_log=home / "console.log",
+            vmm_log=home / "vmm.log",
+        )
+
+    async def capture(self, machine: Machine, resources: MachineResources) -> MachineResources:
+        """Image, devices and overlay of a paused VM, as files of their own."""
+        home = self.directory / f"captured-{uuid.uuid4().hex[:6]}"
+        home.mkdir()
+        pid, image = machine.process.pid, resources.memory_image
+        await machine.save_devices(home / "devices")
+        pages = read_dirty_pages(pid, image, prepare_buffer(pid, image))
+        assert pages.length > 0
+        clone(image, home / "memory")
+        clone(resources.disks[1].path, home / "overlay")
+        write_dirty_pages(pages, home / "memory")
+        pages.close()
+        root, _, config = resources.disks
+        return replace(
+            resources,
+            memory_image=home / "memory",
+            device_state=home / "devices",
+            disks=(root, Disk(home / "overlay", readonly=False), config),
+        )
+
+    @contextlib.asynccontextmanager
+    async def booted(
+        self, name: str, vcpus: int = 1
+    ) -> AsyncIterator[tuple[Machine, MachineResources]]:
+        """A cold-booted VM, killed at the end."""
+        resources = self.resources(name)
+        async with self.running(await self.spec(vcpus), resources) as machine:
+            yield machine, resources
+
+    @contextlib.asynccontextmanager
+    async def running(
+        self, spec: MachineSpec, resources: MachineResources
+    ) -> AsyncIterator[Machine]:
+        """A started VM, killed at the end."""
+        machine = await self.driver.start(spec, resources)
+        try:
+            yield machine
+        finally:
+            await machine.kill()
+
+    @contextlib.asynccontextmanager
+    async def agent(self, machine: Machine) -> AsyncIterator[AgentConnection]:
+        """A greeted agent, hung up on at the end."""
+        stream = await machine.dial_agent()
+        connection = await AgentConnection.open(stream, deadline=BOOT_DEADLINE)
+        try:
+            yield connection
+        finally:
+            await connection.close()
+
+    async def run(self, connection: AgentConnection, *command: str) -> str:
+        """The output of a command that must succeed."""
+        session = await start_exec(connection, command, timeout=60)
+        output = b"".join([data async for _, data in session.output()]).decode()
+        assert await session.wait() == 0, output
+        return output.strip()
+
+    async def counter(self, connection: AgentConnection) -> int:
+        """What the guest has counted to."""
+        return int(await self.run(connection, *_COUNTER[self.name]))
+
+    async def keep(self, connection: AgentConnection, value: str) -> None:
+        """Have the guest remember a word in its memory."""
+        await self.run(connection, *(part.format(value) for part in _KEEP[self.name]))
+
+    async def kept(self, connection: AgentConnection) -> str:
+        """The word it remembers."""
+        return await self.run(connection, *_KEPT[self.name])
+
+    def processes(self) -> list[int]:
+        """Processes that work on this bench's files."""
+        return processes_naming(self.directory)
+
+
+@pytest.fixture(scope="session")
+def qemu_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[BootPair, Path]:
+    """Kernel, initrd and a busybox root image, made once."""
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    missing += [str(path) for path in (KERNEL, AGENT) if not path.exists()]
+    if missing:
+        pytest.skip(f"missing: {', '.join(missing)}")
+    home = tmp_path_factory.mktemp("qemu")
+    binaries = home / "root/bin"
+    binaries.mkdir(parents=True)
+    shutil.copy(find_busybox(), binaries / "busybox")
+    for name in ("sh", "cat", "sleep", "nproc", "reboot", "poweroff"):
+        (binaries / name).symlink_to("busybox")
+    for name in ("dev", "proc", "sys", "etc", "tmp", "run"):
+        (home / "root" / name).mkdir()
+    (home / "root/dev/shm").mkdir()
+    command = ["mksquashfs", str(home / "root"), str(home / "root.img"), "-quiet", "-no-progress"]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    return build_boot_pair(KERNEL, AGENT, home / "boot"), home / "root.img"
+
+
+@pytest.fixture(params=["fake", pytest.param("qemu", marks=pytest.mark.vm)])
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+    """Each driver in turn; no process is left, however the test ended."""
+    if request.param == "qemu":
+        pair, root = request.getfixturevalue("qemu_files")
+        # Which accelerator works is the probe's question, not this suite's.
+        driver: Driver = QemuDriver(accelerator=os.environ.get("STILLFRAME_ACCELERATOR", "tcg"))
+    else:
+        null, root = Path("/dev/null"), tmp_path / "root"
+        pair, driver = BootPair("", null, null, ""), FakeDriver()
+        root.touch()
+    yield Bench(driver, tmp_path, pair, root)
+    left = kill_orphans(tmp_path, ())
+    assert left == [], f"processes left behind: {left}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Note how each case ended, for the table."""
+    report = yield
+    callspec = getattr(item, "callspec", None)
+    if callspec is None or "bench" not in callspec.params:
+        return report
+    outcomes = item.config.stash.setdefault(_OUTCOMES, {})
+    case = item.name.partition("[")[0].removeprefix("test_").replace("_", " ")
+    rest = [str(value) for key, value in callspec.params.items() if key != "bench"]
+    key = (" ".join([case, *rest]), str(callspec.params["bench"]))
+    if report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else "skipped"
+        outcomes[key] = reason.removeprefix("Skipped: ")
+    elif report.failed:
+        outcomes[key] = "FAILED"
+    elif report.when == "call":
+        outcomes[key] = "passed"
+    return report
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Driver by case: passed, failed, or why it was skipped."""
+    outcomes = config.stash.get(_OUTCOMES, {})
+    if not outcomes:
+        return
+    drivers = ("fake", "qemu")
+    cases = list(dict.fromkeys(case for case, _ in outcomes))
+    width = max(map(len, cases)) + 2
+    terminalreporter.section("driver conformance")
+    terminalreporter.write_line(" " * width + "".join(f"{name:<10}" for name in drivers))
+    for case in cases:
+        row = "".join(f"{outcomes.get((case, name), 'not run'):<10}" for name in drivers)
+        terminalreporter.write_line(f"{case:<{width}}{row}")

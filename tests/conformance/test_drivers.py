@@ -1,0 +1,213 @@
+"""What every driver must keep, whatever hypervisor is below it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import time
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+
+import pytest
+
+from conformance.conftest import Bench
+from stillframe.guest.connection import AgentConnection
+from stillframe.guest.exec import start_exec
+from stillframe.guest.identity import identify, shutdown
+from stillframe.model.errors import GuestFailure, StillframeError, VmmFailure
+from stillframe.vmm.driver import MachineStatus
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        hasher = blake2b()
+        while block := file.read(1 << 22):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+async def counts_on(bench: Bench, connection: AgentConnection, seen: int) -> None:
+    """The counter goes on from ``seen``: never back, and further in the end."""
+    async with asyncio.timeout(60):
+        while (now := await bench.counter(connection)) == seen:
+            pass
+    assert now > seen
+
+
+async def test_a_guest_boots_and_greets(bench: Bench) -> None:
+    async with bench.booted("one") as (machine, resources), bench.agent(machine) as connection:
+        assert connection.hello.workload in ("starting", "running")
+        assert await machine.status() is MachineStatus.RUNNING
+        assert "STILLFRAME-AGENT-READY nonce=n1" in resources.console_log.read_text()
+        with pytest.raises(GuestFailure) as refused:
+            await (await start_exec(connection, ["/no/such/program"])).wait()
+        assert refused.value.facts["errno"] == "ENOENT"
+
+
+@pytest.mark.parametrize("vcpus", [1, 4])
+async def test_memory_goes_on_in_a_new_process(bench: Bench, vcpus: int) -> None:
+    async with bench.booted("one", vcpus) as (machine, resources):
+        async with bench.agent(machine) as connection:
+            boot = connection.hello.boot_id
+            seen = await bench.counter(connection) if vcpus == 1 else 0
+            await bench.keep(connection, "before")
+            if bench.name == "qemu":
+                assert await bench.run(connection, "nproc") == str(vcpus)
+        await machine.pause()
+        captured = await bench.capture(machine, resources)
+    fork = bench.fork_of(captured, "fork")
+    async with bench.running(await bench.spec(vcpus), fork) as machine:
+        assert await machine.status() is MachineStatus.PAUSED
+        await machine.resume()
+        async with bench.agent(machine) as connection:
+            assert connection.hello.boot_id == boot
+            assert await bench.kept(connection) == "before"
+            await counts_on(bench, connection, seen)
+
+
+async def test_pause_really_stops_the_guest(bench: Bench) -> None:
+    async with bench.booted("one") as (machine, resources), bench.agent(machine) as connection:
+        await bench.counter(connection)
+        await machine.pause()
+        assert await machine.status() is MachineStatus.PAUSED
+        first = await bench.capture(machine, resources)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(bench.counter(connection), 0.5)
+        second = await bench.capture(machine, resources)
+        assert digest(first.memory_image) == digest(second.memory_image)
+        await machine.resume()
+        assert await machine.status() is MachineStatus.RUNNING
+        await counts_on(bench, connection, await bench.counter(connection))
+
+
+async def test_two_forks_diverge_and_their_image_does_not_change(bench: Bench) -> None:
+    async with bench.booted("one") as (machine, resources):
+        async with bench.agent(machine) as connection:
+            await bench.keep(connection, "before")
+        await machine.pause()
+        captured = await bench.capture(machine, resources)
+    before = digest(captured.memory_image)
+    spec = await bench.spec()
+    one, two = bench.fork_of(captured, "left"), bench.fork_of(captured, "right")
+    async with bench.running(spec, one) as left, bench.running(spec, two) as right:
+        for machine, name in ((left, "left"), (right, "right")):
+            await machine.resume()
+            async with bench.agent(machine) as connection:
+                assert await bench.kept(connection) == "before"
+                await bench.keep(connection, name)
+                await identify(
+                    connection, seed=secrets.token_bytes(64), time_ns=time.time_ns,
+                    hostname=name, machine_id=secrets.token_hex(16), instance_id=name,
+                )  # fmt: skip
+        for machine, name in ((left, "left"), (right, "right")):
+            async with bench.agent(machine) as connection:
+                assert await bench.kept(connection) == name
+    assert digest(captured.memory_image) == before
+
+
+async def test_a_vmm_outlives_us_and_is_adopted(bench: Bench) -> None:
+    async with bench.booted("one") as (machine, resources):
+        async with bench.agent(machine) as connection:
+            seen = await bench.counter(connection)
+        await machine.close()
+        adopted = await bench.driver.adopt(machine.process, resources)
+        try:
+            assert adopted.process == machine.process
+            assert await adopted.status() is MachineStatus.RUNNING
+            async with bench.agent(adopted) as connection:
+                await counts_on(bench, connection, seen)
+        finally:
+            await adopted.kill()
+        with pytest.raises(VmmFailure):
+            await bench.driver.adopt(machine.process, resources)
+
+
+async def test_kill_leaves_nothing(bench: Bench) -> None:
+    async with bench.booted("one") as (machine, _):
+        await machine.kill()
+        assert bench.processes() == []
+        with pytest.raises(VmmFailure):
+            await machine.dial_agent()
+        with pytest.raises(VmmFailure):
+            await machine.status()
+        await machine.kill()  # no error if it is dead already
+
+
+async def test_the_death_of_a_vmm_is_noticed(bench: Bench) -> None:
+    async with bench.booted("one") as (machine, _):
+        waiting = asyncio.create_task(machine.wait_exit())
+        os.kill(machine.process.pid, signal.SIGKILL)
+        await asyncio.wait_for(waiting, 30)
+        with pytest.raises(VmmFailure):
+            await machine.pause()
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut off", "absent"])
+async def test_bad_device_state_is_refused_and_nothing_left(bench: Bench, damage: str) -> None:
+    async with bench.booted("one") as (machine, resources):
+        async with bench.agent(machine):
+            pass
+        await machine.pause()
+        captured = await bench.capture(machine, resources)
+    assert captured.device_state is not None
+    if damage == "garbage":
+        captured.device_state.write_bytes(b"\xa5" * 4096)
+    elif damage == "cut off":
+        whole = captured.device_state.read_bytes()
+        captured.device_state.write_bytes(whole[: len(whole) // 2])
+    else:
+        captured.device_state.unlink()
+    fork = bench.fork_of(captured, "fork")
+    with pytest.raises(StillframeError):
+        await bench.driver.start(await bench.spec(), fork)
+    assert bench.processes() == []
+    assert [path for path in fork.directory.iterdir() if path.is_socket()] == []
+
+
+async def test_memory_of_another_shape_is_refused(bench: Bench) -> None:
+    async with bench.booted("one") as (machine, resources):
+        async with bench.agent(machine):
+            pass
+        await machine.pause()
+        captured = await bench.capture(machine, resources)
+    other = replace(await bench.spec(), vcpus=2)
+    with pytest.raises(VmmFailure):
+        await bench.driver.start(other, bench.fork_of(captured, "fork"))
+    assert bench.processes() == []
+
+
+async def test_a_shutdown_is_told_from_a_reset(bench: Bench) -> None:
+    async with bench.booted("one") as (machine, _):
+        async with bench.agent(machine) as connection:
+            await shutdown(connection, grace_ms=100)
+            await asyncio.wait_for(machine.wait_exit(), 60)
+        assert machine.shutdown_reason == "guest-shutdown"
+    async with bench.booted("two") as (machine, resources):
+        adopted = None
+        await machine.close()
+        adopted = await bench.driver.adopt(machine.process, resources)
+        try:
+            async with bench.agent(adopted) as connection:
+                command = ["reboot"] if bench.name == "fake" else ["/bin/reboot", "-f"]
+                await start_exec(connection, command)
+                await asyncio.wait_for(adopted.wait_exit(), 60)
+            assert adopted.shutdown_reason == "guest-reset"
+        finally:
+            await adopted.kill()
+
+
+async def test_the_agent_takes_a_new_host_after_half_a_frame(bench: Bench) -> None:
+    async with bench.booted("one") as (machine, _):
+        async with bench.agent(machine) as connection:
+            await bench.keep(connection, "kept")
+        _, writer = await machine.dial_agent()
+        writer.write(b"SFA1\x10\0\0\0")
+        writer.close()
+        await writer.wait_closed()
+        async with bench.agent(machine) as connection:
+            assert await bench.kept(connection) == "kept"
