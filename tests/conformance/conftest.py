@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +32,9 @@ MEMORY = 256 << 20
 BOOT_DEADLINE = 120.0
 # A counter kept by a shell's loop, the same question asked of both.
 _COUNTING = "i=0; while :; do i=$((i+1)); echo $i > /dev/shm/n; sleep 0.02; done"
-_COUNTER = {"fake": ("counter",), "qemu": ("/bin/sh", "-c", "cat /dev/shm/n")}
+# The agent is there before the workload, and the file is empty for a moment at each count.
+_COUNTED = 'until n=$(cat /dev/shm/n 2>/dev/null) && [ -n "$n" ]; do sleep 0.02; done; echo $n'
+_COUNTER = {"fake": ("counter",), "qemu": ("/bin/sh", "-c", _COUNTED)}
 _KEEP = {
     "fake": ("set", "fork", "{}"),
     "qemu": ("/bin/sh", "-c", "echo {} > /dev/shm/kept"),
@@ -212,7 +214,9 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Note how each case ended, for the table."""
     report = yield
     callspec = getattr(item, "callspec", None)

@@ -11,11 +11,18 @@ import struct
 from collections.abc import Callable, Generator
 from typing import Protocol
 
-from stillframe.guest import wire
-from stillframe.guest.wire import Frame, FrameType
+from stillframe.guest.wire import (
+    INITIAL_CREDIT,
+    Decoder,
+    Frame,
+    FrameType,
+    encode,
+    parse_text_list,
+    text_list,
+)
 from stillframe.vmm.fake_files import FileTree
 
-_GRANT = wire.INITIAL_CREDIT // 4
+_GRANT = INITIAL_CREDIT // 4
 _PIECE = 32768
 _MAX_CHANNELS = 128
 _MAX_QUEUED = 1 << 20
@@ -224,7 +231,7 @@ class Channel:
 
     def __init__(self, agent: Agent, number: int, answer: FrameType) -> None:
         self._agent, self._number, self._answer = agent, number, answer
-        self._credit = wire.INITIAL_CREDIT
+        self._credit = INITIAL_CREDIT
         self._backlog = bytearray()
         self._input: list[bytes] = []
         self._eof = False
@@ -297,7 +304,7 @@ class Channel:
 
     def refuse(self, errno: str, message: str) -> bool:
         """ERROR ends the channel."""
-        self.frame(FrameType.ERROR, wire.text_list([("errno", errno), ("message", message)]))
+        self.frame(FrameType.ERROR, text_list([("errno", errno), ("message", message)]))
         return True
 
     def _ready(self, now: float) -> bytes | None:
@@ -330,7 +337,7 @@ class Agent:
     def __init__(self, guest: Guest) -> None:
         self.guest = guest
         self.outgoing = bytearray()
-        self._decoder = wire.Decoder()
+        self._decoder = Decoder()
         self._channels: dict[int, Channel] = {}
         self._greeted = False
 
@@ -342,18 +349,18 @@ class Agent:
     def reset(self) -> None:
         """The host is gone: forget its session."""
         self.outgoing.clear()
-        self._decoder = wire.Decoder()
+        self._decoder = Decoder()
         self._channels.clear()
         self._greeted = False
 
     def send(self, frame: Frame) -> None:
         """Queue a frame."""
-        self.outgoing += wire.encode(frame)
+        self.outgoing += encode(frame)
 
     def event(self) -> None:
         """Tell the host of the workload, if there is a host."""
         if self._greeted:
-            self.send(Frame(FrameType.EVENT, 0, wire.text_list(self.guest.hello())))
+            self.send(Frame(FrameType.EVENT, 0, text_list(self.guest.hello())))
 
     def step(self) -> None:
         """Let every operation run on."""
@@ -379,7 +386,7 @@ class Agent:
             self.outgoing.clear()
             self._channels.clear()
             self._greeted = True
-            answer = frame.payload[:16] + wire.text_list(self.guest.hello())
+            answer = frame.payload[:16] + text_list(self.guest.hello())
             self.send(Frame(FrameType.HELLO_OK, 0, answer))
         elif (channel := self._channels.get(frame.channel)) is not None:
             self._continue(channel, frame)
@@ -406,7 +413,7 @@ class Agent:
         return channel
 
     def _exec(self, number: int, payload: bytes) -> None:
-        pairs = wire.parse_text_list(payload)
+        pairs = parse_text_list(payload)
         fields = dict(pairs)
         words = [value for key, value in pairs if key == "arg"]
         if not words:
@@ -424,12 +431,12 @@ class Agent:
         self._channels[number] = channel
 
     def _stat(self, number: int, payload: bytes) -> None:
-        fields = dict(wire.parse_text_list(payload))
+        fields = dict(parse_text_list(payload))
         found = self.guest.files.stat(fields["path"], follow=fields.get("follow") == "1")
         self._ok(number, [("exists", "1" if found else "0"), *found.items()])
 
     def _read(self, number: int, payload: bytes) -> None:
-        fields = dict(wire.parse_text_list(payload))
+        fields = dict(parse_text_list(payload))
         follow = fields.get("follow") == "1"
         channel = self._open(number, FrameType.END)
         channel.run(self._reading(channel, fields["path"], follow))
@@ -438,7 +445,7 @@ class Agent:
         for name, inner in self.guest.files.walk(path, follow=follow):
             fields = self.guest.files.stat(inner, follow=follow)
             fields["path"] = name
-            channel.frame(FrameType.ENTRY, wire.text_list(fields.items()))
+            channel.frame(FrameType.ENTRY, text_list(fields.items()))
             if fields["type"] == "file":
                 for data in self.guest.files.content(inner):
                     channel.out(data)
@@ -449,7 +456,7 @@ class Agent:
         return 0
 
     def _write(self, number: int, payload: bytes) -> None:
-        fields = dict(wire.parse_text_list(payload))
+        fields = dict(parse_text_list(payload))
         channel = self._open(number, FrameType.OK)
         channel.run(self._writing(number, fields))
 
@@ -468,7 +475,7 @@ class Agent:
         return 0
 
     def _identify(self, number: int, payload: bytes) -> None:
-        self.guest.identify(dict(wire.parse_text_list(payload)))
+        self.guest.identify(dict(parse_text_list(payload)))
         self._ok(number, self.guest.hello())
 
     def _shutdown(self, number: int, _: bytes) -> None:
@@ -476,7 +483,7 @@ class Agent:
         self.guest.shut_down("guest-shutdown", 143)
 
     def _ok(self, number: int, pairs: list[tuple[str, str]]) -> None:
-        self.send(Frame(FrameType.OK, number, wire.text_list(pairs)))
+        self.send(Frame(FrameType.OK, number, text_list(pairs)))
 
 
 _REQUESTS: dict[FrameType, Callable[[Agent, int, bytes], None]] = {
