@@ -84,11 +84,9 @@ class Server:
         )  # fmt: skip
         return done.stdout.strip()
 
-    def client(self, **options: object) -> Hypeman:
+    def client(self) -> Hypeman:
         """The official SDK's client, with full access."""
-        return Hypeman(
-            base_url=self.url, api_key=self.token(), timeout=120, max_retries=0, **options
-        )  # type: ignore[arg-type]
+        return Hypeman(base_url=self.url, api_key=self.token(), timeout=120, max_retries=0)
 
     def cli(self, *arguments: str, input: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run the command line client as a user of this machine would."""

@@ -58,7 +58,7 @@ class QmpConnection:
                 return await self._client.execute(command, arguments or None)
         except ExecuteError as error:
             raise VmmFailure(
-                f"QEMU refused {command}: {error.error.desc}", command=command
+                f"QEMU refused {command}: {error}", command=command
             ) from error
         except TimeoutError as error:
             raise VmmFailure(

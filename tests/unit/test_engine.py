@@ -1,0 +1,393 @@
+"""The verbs under failure, races and crashes, on the fake hypervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import os
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillframe.engine import capture as capturing
+from stillframe.engine import machines, standby
+from stillframe.engine.engine import Engine
+from stillframe.engine.interface import CreateRequest
+from stillframe.host.orphans import kill_orphans
+from stillframe.model.errors import (
+    Conflict,
+    DamagedData,
+    GuestFailure,
+    InvalidRequest,
+    InvalidState,
+    NameConflict,
+    NotFound,
+    StillframeError,
+    StorageFull,
+    VmmFailure,
+)
+from stillframe.model.states import InstanceState
+from stillframe.model.values import SnapshotKind
+from support.engine import ask, make_engine, open_engine, running, traces
+
+LIVE, DISK = SnapshotKind.STANDBY, SnapshotKind.STOPPED
+
+
+@pytest.fixture
+async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
+    async with open_engine(tmp_path) as opened:
+        yield opened
+
+
+def full_disk(*_: object, **__: object) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+async def refused(*_: object, **__: object) -> Any:
+    raise VmmFailure("the VMM refuses")
+
+
+async def silent(*_: object, **__: object) -> Any:
+    raise GuestFailure("the agent is silent")
+
+
+async def test_memory_goes_on_in_a_fork_and_parts_from_the_source(engine: Engine) -> None:
+    source = await running(engine)
+    await ask(engine, source.id, "set", "who", "source")
+    snapshot = await engine.snapshot(source.id, kind=LIVE)
+    fork = await engine.fork_snapshot(snapshot.id, name="fork")
+    assert await ask(engine, fork.id, "get", "who") == "source"
+    await ask(engine, fork.id, "set", "who", "fork")
+    assert await ask(engine, source.id, "get", "who") == "source"
+    assert fork.parent_snapshot_id == snapshot.id
+    assert snapshot.pause_ms is not None
+    assert set(fork.timings_ms) >= {"load", "resume", "identify", "total"}
+
+
+async def test_the_image_a_fork_maps_never_changes(engine: Engine, tmp_path: Path) -> None:
+    source = await running(engine)
+    snapshot = await engine.snapshot(source.id, kind=LIVE)
+    image = tmp_path / "snapshots" / snapshot.id / "memory"
+    before = hashlib.sha256(image.read_bytes()).hexdigest()
+    fork = await engine.fork_snapshot(snapshot.id, name="fork")
+    await ask(engine, fork.id, "set", "key", "value")
+    await engine.snapshot(fork.id, kind=LIVE)
+    await engine.standby(fork.id)
+    assert hashlib.sha256(image.read_bytes()).hexdigest() == before
+
+
+async def test_deleting_source_and_snapshot_takes_nothing_from_a_fork(engine: Engine) -> None:
+    source = await running(engine)
+    await ask(engine, source.id, "set", "key", "kept")
+    snapshot = await engine.snapshot(source.id, kind=LIVE)
+    fork = await engine.fork_snapshot(snapshot.id, name="fork")
+    await engine.delete(source.id)
+    await engine.delete_snapshot(snapshot.id)
+    await engine.standby(fork.id)
+    await engine.restore(fork.id)
+    assert await ask(engine, fork.id, "get", "key") == "kept"
+    again = await engine.snapshot(fork.id, kind=LIVE)
+    child = await engine.fork_snapshot(again.id, name="child")
+    assert await ask(engine, child.id, "get", "key") == "kept"
+
+
+async def test_fifty_creates_of_one_name_make_one_instance(engine: Engine) -> None:
+    request = CreateRequest("same", "stillframe/base")
+    results = await asyncio.gather(
+        *(engine.create(request) for _ in range(50)), return_exceptions=True
+    )
+    made = [result for result in results if not isinstance(result, BaseException)]
+    refusals = [result for result in results if isinstance(result, InvalidRequest)]
+    assert (len(made), len(refusals)) == (1, 49)
+    assert {refusal.code for refusal in refusals} == {"already_exists"}
+    assert [i.name for i in engine.list_instances()] == ["same"]
+
+
+async def test_sixteen_forks_at_once_all_run(engine: Engine) -> None:
+    source = await running(engine)
+    await ask(engine, source.id, "set", "key", "value")
+    snapshot = await engine.snapshot(source.id, kind=LIVE)
+    forks = await asyncio.gather(
+        *(engine.fork_snapshot(snapshot.id, name=f"fork-{n}") for n in range(16))
+    )
+    values = await asyncio.gather(*(ask(engine, fork.id, "get", "key") for fork in forks))
+    assert set(values) == {"value"}
+    randoms = await asyncio.gather(*(ask(engine, fork.id, "random") for fork in forks))
+    assert len(set(randoms)) == 16
+
+
+async def test_a_snapshot_deleted_while_it_is_forked_is_one_or_the_other(engine: Engine) -> None:
+    source = await running(engine)
+    for turn in range(10):
+        snapshot = await engine.snapshot(source.id, kind=LIVE)
+        forked, deleted = await asyncio.gather(
+            engine.fork_snapshot(snapshot.id, name=f"fork-{turn}"),
+            engine.delete_snapshot(snapshot.id),
+            return_exceptions=True,
+        )
+        assert deleted is None
+        if isinstance(forked, BaseException):
+            assert isinstance(forked, NotFound)
+        else:
+            assert await ask(engine, forked.id, "true") == ""
+            await engine.delete(forked.id, graceful=False)
+    assert engine.list_snapshots() == []
+
+
+async def test_names_are_refused_with_the_contract_s_codes(engine: Engine) -> None:
+    source = await running(engine)
+    await engine.snapshot(source.id, kind=LIVE, name="one")
+    with pytest.raises(Conflict) as caught:
+        await engine.snapshot(source.id, kind=LIVE, name="one")
+    assert caught.value.code == "conflict"
+    snapshot = await engine.snapshot(source.id, kind=LIVE)
+    with pytest.raises(Conflict) as caught:
+        await engine.fork_snapshot(snapshot.id, name="source")
+    assert caught.value.code == "conflict"
+    with pytest.raises(NameConflict):
+        await engine.fork(source.id, name="source", from_running=True)
+    with pytest.raises(InvalidState):
+        await engine.fork(source.id, name="fork")
+
+
+@pytest.mark.parametrize("where", ["make_overlay_disk", "write_config_disk", "boot"])
+async def test_a_failed_create_leaves_nothing(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    if where == "make_overlay_disk":
+        monkeypatch.setattr("stillframe.engine.create.make_overlay_disk", full_disk)
+    elif where == "write_config_disk":
+        monkeypatch.setattr(machines, "write_config_disk", full_disk)
+    else:
+        monkeypatch.setattr(machines, "boot", refused)
+    with pytest.raises((StorageFull, VmmFailure)):
+        await engine.create(CreateRequest("name", "stillframe/base"))
+    assert traces(tmp_path) == []
+    assert engine.list_instances() == []
+    assert engine.context.records.intents == {}
+    monkeypatch.undo()
+    assert (await running(engine, "name")).state is InstanceState.RUNNING
+
+
+@pytest.mark.parametrize("where", ["clone", "write_dirty_pages", "seal"])
+async def test_a_full_disk_during_a_snapshot_leaves_the_source_running_and_nothing_else(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    source = await running(engine)
+    monkeypatch.setattr(capturing, where, full_disk)
+    with pytest.raises(StorageFull):
+        await engine.snapshot(source.id, kind=LIVE, name="wanted")
+    monkeypatch.undo()
+    assert not list((tmp_path / "snapshots").iterdir())
+    assert engine.list_snapshots() == []
+    before = int(await ask(engine, source.id, "counter"))
+    assert int(await ask(engine, source.id, "counter")) >= before
+    snapshot = await engine.snapshot(source.id, kind=LIVE, name="wanted")
+    assert snapshot.name == "wanted"
+
+
+@pytest.mark.parametrize("where", ["write_dirty_pages", "seal"])
+async def test_a_failed_standby_leaves_the_guest_running(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    source = await running(engine)
+    await ask(engine, source.id, "set", "key", "value")
+    monkeypatch.setattr(capturing, where, full_disk)
+    with pytest.raises(StorageFull):
+        await engine.standby(source.id)
+    monkeypatch.undo()
+    assert engine.find_instance(source.id).state is InstanceState.RUNNING
+    assert await ask(engine, source.id, "get", "key") == "value"
+    assert not list((tmp_path / "instances" / source.id).glob("standby*"))
+
+
+async def test_a_fork_that_cannot_be_loaded_leaves_nothing(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = await running(engine)
+    snapshot = await engine.snapshot(source.id, kind=LIVE)
+    before = traces(tmp_path)
+    for name, failure in (("load", refused), ("identify_guest", silent)):
+        monkeypatch.setattr(standby, name, failure)
+        with pytest.raises(StillframeError):
+            await engine.fork_snapshot(snapshot.id, name="fork")
+        monkeypatch.undo()
+        assert sorted(traces(tmp_path)) == sorted(before)
+        assert [i.name for i in engine.list_instances()] == ["source"]
+    assert (await engine.fork_snapshot(snapshot.id, name="fork")).state is InstanceState.RUNNING
+
+
+async def test_a_cancelled_snapshot_lets_the_guest_go_on(engine: Engine, tmp_path: Path) -> None:
+    source = await running(engine)
+    for delay in (0.0, 0.002, 0.01, 0.03):
+        task = asyncio.create_task(engine.snapshot(source.id, kind=LIVE))
+        await asyncio.sleep(delay)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert await ask(engine, source.id, "true") == ""
+        before = int(await ask(engine, source.id, "counter"))
+        await asyncio.sleep(0.05)
+        assert int(await ask(engine, source.id, "counter")) > before
+    known = {snapshot.id for snapshot in engine.list_snapshots()}
+    assert {path.name for path in (tmp_path / "snapshots").iterdir()} == known
+
+
+async def test_damaged_device_state_is_refused_and_the_snapshot_kept(
+    engine: Engine, tmp_path: Path
+) -> None:
+    source = await running(engine)
+    snapshot = await engine.snapshot(source.id, kind=LIVE)
+    devices = tmp_path / "snapshots" / snapshot.id / "devices"
+    data = bytearray(devices.read_bytes())
+    data[len(data) // 2] ^= 1
+    devices.write_bytes(data)
+    with pytest.raises(DamagedData):
+        await engine.fork_snapshot(snapshot.id, name="fork")
+    assert [s.id for s in engine.list_snapshots()] == [snapshot.id]
+    assert [i.name for i in engine.list_instances()] == ["source"]
+
+
+async def test_a_failed_restore_in_place_puts_the_old_state_back(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = await running(engine)
+    await ask(engine, source.id, "set", "key", "old")
+    snapshot = await engine.snapshot(source.id, kind=LIVE)
+    await ask(engine, source.id, "set", "key", "new")
+    await engine.standby(source.id)
+    monkeypatch.setattr(standby, "load", refused)
+    with pytest.raises(VmmFailure):
+        await engine.restore_snapshot(source.id, snapshot.id)
+    monkeypatch.undo()
+    assert engine.find_instance(source.id).state is InstanceState.STANDBY
+    await engine.restore(source.id)
+    assert await ask(engine, source.id, "get", "key") == "new"
+    await engine.standby(source.id)
+    await engine.restore_snapshot(source.id, snapshot.id)
+    assert await ask(engine, source.id, "get", "key") == "old"
+
+
+async def test_a_fork_reaches_every_allowed_state(engine: Engine) -> None:
+    source = await running(engine)
+    await ask(engine, source.id, "set", "key", "value")
+    live = await engine.snapshot(source.id, kind=LIVE)
+    asleep = await engine.fork_snapshot(live.id, name="a", target_state=InstanceState.STANDBY)
+    stopped = await engine.fork_snapshot(live.id, name="b", target_state=InstanceState.STOPPED)
+    assert (asleep.state, stopped.state) == (InstanceState.STANDBY, InstanceState.STOPPED)
+    await engine.restore(asleep.id)
+    assert await ask(engine, asleep.id, "get", "key") == "value"
+    await engine.stop(source.id)
+    disk = await engine.snapshot(source.id, kind=DISK)
+    with pytest.raises(InvalidRequest):
+        await engine.fork_snapshot(disk.id, name="c", target_state=InstanceState.STANDBY)
+    assert (await engine.fork_snapshot(disk.id, name="c")).state is InstanceState.STOPPED
+
+
+async def test_a_new_engine_adopts_what_runs_and_ends_what_it_does_not_know(
+    tmp_path: Path,
+) -> None:
+    first = make_engine(tmp_path)
+    await first.open()
+    try:
+        source = await running(first)
+        await ask(first, source.id, "set", "key", "value")
+        stranger = await running(first, "stranger")
+    finally:
+        await first.close()  # the VMs run on
+    async with open_engine(tmp_path) as second:
+        assert await ask(second, source.id, "get", "key") == "value"
+        second.context.records.drop_instance(stranger.id)
+    async with open_engine(tmp_path) as third:
+        pid = stranger.process.pid if stranger.process else 0
+        assert f"pid {pid}" not in traces(tmp_path)
+        assert [i.id for i in third.list_instances()] == [source.id]
+
+
+class CrashError(BaseException):
+    """Stands for kill -9: no clean-up of ours may run."""
+
+
+@pytest.mark.parametrize("step", ["seal", "publish", "put_snapshot"])
+async def test_a_crash_during_a_snapshot_is_undone_and_the_source_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    engine = make_engine(tmp_path)
+    await engine.open()
+    source = await running(engine)
+    records = engine.context.records
+
+    def crash(*_: object, **__: object) -> Any:
+        raise CrashError
+
+    # A dead server cleans nothing up.
+    monkeypatch.setattr("stillframe.engine.snapshot.remove_tree", lambda _: None)
+    monkeypatch.setattr(records, "fulfil", lambda _: None)
+    targets: dict[str, Any] = {"seal": capturing, "put_snapshot": records}
+    if step == "publish":
+        monkeypatch.setattr("stillframe.engine.snapshot.publish", crash)
+    else:
+        monkeypatch.setattr(targets[step], step, crash)
+    with pytest.raises(CrashError):
+        await engine.snapshot(source.id, kind=LIVE, name="lost")
+    assert list((tmp_path / "snapshots").iterdir())
+    await engine.close()
+    monkeypatch.undo()
+    async with open_engine(tmp_path) as again:
+        assert again.list_snapshots() == []
+        assert not list((tmp_path / "snapshots").iterdir())
+        assert again.find_instance(source.id).state is InstanceState.RUNNING
+        assert (await again.snapshot(source.id, kind=LIVE, name="lost")).name == "lost"
+
+
+async def test_a_guest_left_standing_still_by_a_crash_runs_again(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path)
+    await engine.open()
+    source = await running(engine)
+    await engine.context.live[source.id].machine.pause()
+    await engine.close()
+    async with open_engine(tmp_path) as again:
+        before = int(await ask(again, source.id, "counter"))
+        await asyncio.sleep(0.05)
+        assert int(await ask(again, source.id, "counter")) > before
+
+
+async def test_after_a_host_reboot_standby_restores_and_running_is_stopped(
+    tmp_path: Path,
+) -> None:
+    engine = make_engine(tmp_path)
+    await engine.open()
+    awake, asleep = await running(engine, "awake"), await running(engine, "asleep")
+    await ask(engine, asleep.id, "set", "key", "value")
+    await engine.standby(asleep.id)
+    await engine.close()
+    kill_orphans(tmp_path / "instances", ())
+    async with open_engine(tmp_path) as again:
+        assert again.find_instance(awake.id).state is InstanceState.STOPPED
+        await again.restore(asleep.id)
+        assert await ask(again, asleep.id, "get", "key") == "value"
+
+
+async def test_a_vmm_that_dies_during_a_snapshot_fails_it_and_is_recorded(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = await running(engine)
+    assert source.process is not None
+    pid = source.process.pid
+
+    def die(*_: object) -> Any:
+        os.kill(pid, 9)
+        raise VmmFailure("gone")
+
+    monkeypatch.setattr(capturing, "read_dirty_pages", die)
+    with pytest.raises(VmmFailure):
+        await engine.snapshot(source.id, kind=LIVE)
+    monkeypatch.undo()
+    result = await engine.wait(
+        source.id, state=InstanceState.STOPPED, timeout=timedelta(seconds=30)
+    )
+    assert result.state is InstanceState.STOPPED
+    assert not list((tmp_path / "snapshots").iterdir())
