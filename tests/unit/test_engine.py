@@ -6,7 +6,7 @@ import asyncio
 import errno
 import hashlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,13 @@ from stillframe.model.values import SnapshotKind
 from support.engine import ask, make_engine, open_engine, running, traces
 
 LIVE, DISK = SnapshotKind.STANDBY, SnapshotKind.STOPPED
+
+
+@pytest.fixture(autouse=True)
+def no_vm_is_left(tmp_path: Path) -> Iterator[None]:
+    """End the VMs of engines that were closed on purpose, also when their scenario fails."""
+    yield
+    kill_orphans(tmp_path / "instances", ())
 
 
 @pytest.fixture
