@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hypeman import Hypeman
@@ -134,9 +134,9 @@ def wait_running(client: Hypeman, instance_id: str) -> None:
     assert answer.state == "Running", answer
 
 
-def eventually(check: Sequence[object], seconds: float = 30) -> None:
-    """Wait until a list of leftovers is empty (what a kill leaves takes a moment to go)."""
+def eventually_empty(look: Callable[[], Sequence[object]], seconds: float = 30) -> None:
+    """Look until nothing is left over (what a kill leaves takes a moment to go)."""
     deadline = time.monotonic() + seconds
-    while check and time.monotonic() < deadline:
+    while (found := look()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not check
+    assert not found

@@ -172,10 +172,10 @@ def test_the_built_in_image_has_a_shell_and_is_deterministic(tmp_path: Path) -> 
 
 def test_an_overlay_disk_is_a_clean_sparse_ext4(tmp_path: Path) -> None:
     path = tmp_path / "overlay.raw"
-    make_overlay_disk(path, 1 << 30)
+    make_overlay_disk(path, 1 << 30, tmp_path)
     assert path.stat().st_size == 1 << 30
     assert path.stat().st_blocks * 512 < 64 << 20
     check = subprocess.run(["e2fsck", "-fn", path], capture_output=True, check=False, timeout=60)
     assert check.returncode == 0
     with pytest.raises(InvalidRequest):
-        make_overlay_disk(tmp_path / "small", 4096)
+        make_overlay_disk(tmp_path / "small", 4096, tmp_path)

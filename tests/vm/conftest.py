@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypeman import Hypeman
 
-from support.server import Server, eventually, running_server, wait_running
+from support.server import Server, eventually_empty, running_server, wait_running
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +22,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     data_dir = tmp_path_factory.mktemp("vm") / "data"
     with running_server(data_dir) as running:
         yield running
-    eventually(running.vmm_pids())
+    eventually_empty(running.vmm_pids)
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +41,7 @@ def nothing_left(server: Server, client: Hypeman) -> Iterator[None]:
         client.snapshots.delete(snapshot.id)
     assert list((server.data_dir / "instances").iterdir()) == []
     assert list((server.data_dir / "snapshots").iterdir()) == []
-    eventually(server.vmm_pids())
+    eventually_empty(server.vmm_pids)
 
 
 @pytest.fixture

@@ -18,14 +18,15 @@ from stillframe.guest.wire import Frame, FrameType, encode
 from stillframe.images.boot import BootPair, build_boot_pair, write_config_disk
 from stillframe.model.errors import GuestFailure
 
-KERNEL = Path(os.environ.get("STILLFRAME_TEST_KERNEL", "/nonexistent"))
-AGENT = Path(__file__).parents[2] / "agent/build/stillframe-init"
+ROOT = Path(__file__).parents[2]
+KERNEL = Path(os.environ.get("STILLFRAME_KERNEL_DIR", ROOT / ".cache/kernel"))
+AGENT = ROOT / "agent/build/stillframe-init"
 TOOLS = ("qemu-system-x86_64", "mksquashfs", "mkfs.ext4", "busybox")
 pytestmark = [
     pytest.mark.vm,
     pytest.mark.skipif(
         not KERNEL.is_dir() or not AGENT.exists() or not all(map(shutil.which, TOOLS)),
-        reason="needs QEMU, squashfs-tools, busybox, the built agent and STILLFRAME_TEST_KERNEL",
+        reason="needs QEMU, squashfs-tools, busybox, the built agent and a kernel: make setup",
     ),
 ]
 

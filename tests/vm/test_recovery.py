@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.server import Server, eventually, run_in, running_server, wait_running
+from support.server import Server, eventually_empty, run_in, running_server, wait_running
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
@@ -19,7 +19,7 @@ def own_server(tmp_path: Path) -> Iterator[Server]:
     """A server that this test may kill."""
     with running_server(tmp_path / "data") as running:
         yield running
-    eventually(running.vmm_pids())
+    eventually_empty(running.vmm_pids)
 
 
 def test_vms_outlive_the_server_and_are_adopted(own_server: Server) -> None:

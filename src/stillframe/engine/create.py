@@ -160,7 +160,7 @@ def _make_disks(context: Context, instance: Instance, undo: contextlib.ExitStack
         if available_bytes(context.data.root) < 64 * MIB:
             raise OSError(28, "No space left on device")
         make_directory(paths.directory, undo)
-        make_overlay_disk(paths.overlay, instance.overlay_bytes)
+        make_overlay_disk(paths.overlay, instance.overlay_bytes, context.data.templates)
 
 
 async def start(

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -29,9 +29,6 @@ from stillframe.model.errors import (
 MIN_OVERLAY_BYTES = 16 * 1024**2
 _BUILD_SECONDS = 1800
 _FORMAT_SECONDS = 120
-_template_lock = threading.Lock()
-_templates: dict[int, Path] = {}
-_template_directory: list[tempfile.TemporaryDirectory[str]] = []
 
 
 class _Sink:
@@ -105,10 +102,11 @@ def _feed(arguments: Sequence[str], write_tar: Callable[[IO[bytes]], None]) -> s
     return f"sha256:{sink.digest.hexdigest()}"
 
 
-def make_overlay_disk(path: Path, size_bytes: int) -> None:
+def make_overlay_disk(path: Path, size_bytes: int, templates: Path) -> None:
     """Make the new sparse file ``path``: an empty ext4 file system of ``size_bytes``.
 
-    Blocking, a few ms: one template per size is formatted and then cloned. It has a journal, for
+    Blocking, a few ms: one template per size is formatted, kept in the directory ``templates``
+    (on the same file system, so that clones can share blocks) and cloned. It has a journal, for
     crash consistency; its tables are initialised lazily (a new sparse file reads as zeros). All
     clones share one file system UUID, which a VM never sees twice.
     Raises InvalidRequest (too small), MissingComponent, StorageFull, HostFailure.
@@ -120,24 +118,12 @@ def make_overlay_disk(path: Path, size_bytes: int) -> None:
             hint="16 MB is the least",
         )
     with storage_errors("make an overlay disk"):
-        clone(_template(size_bytes), path)
-
-
-def _template(size: int) -> Path:
-    with _template_lock:
-        known = _templates.get(size)
-        if known is not None and known.exists():
-            return known
-        if not _template_directory:
-            _template_directory.append(
-                tempfile.TemporaryDirectory(prefix="stillframe-", ignore_cleanup_errors=True)
-            )
-        path = Path(_template_directory[0].name) / f"overlay-{size}.ext4"
-        Path(path.parent).mkdir(exist_ok=True)
-        path.unlink(missing_ok=True)
-        _format(path, size)
-        _templates[size] = path
-        return path
+        template = templates / f"overlay-{size_bytes}.ext4"
+        if not template.exists():
+            building = templates / f".{template.name}.{uuid.uuid4().hex}"
+            _format(building, size_bytes)
+            building.replace(template)  # whoever is last wins: they are all alike
+        clone(template, path)
 
 
 def _format(path: Path, size: int) -> None:

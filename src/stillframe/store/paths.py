@@ -5,6 +5,7 @@ DATA/                          0700
   lock, jwt-secret, server.json
   system/<digest>/             kernel and initrd pairs
   images/<digest>/             root disks
+  templates/                   empty formatted disks by size
   instances/<id>/              one VM: deleting the directory deletes the VM
     memory                     the memory image it maps (hard link into a snapshot, or its own)
     overlay.raw, config.raw    its writable disk, its boot configuration
@@ -109,6 +110,11 @@ class DataDirectory:
         return self.root / "system"
 
     @property
+    def templates(self) -> Path:
+        """Empty formatted disks by size, to be cloned."""
+        return self.root / "templates"
+
+    @property
     def instances(self) -> Path:
         """All instance directories."""
         return self.root / "instances"
@@ -142,7 +148,9 @@ class DataDirectory:
         """Make the directories that are missing, readable by the owner only."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.root.chmod(0o700)
-        for directory in (self.images, self.system, self.instances, self.snapshots):
+        for directory in (
+            self.images, self.system, self.templates, self.instances, self.snapshots,
+        ):  # fmt: skip
             directory.mkdir(mode=0o700, exist_ok=True)
 
 
