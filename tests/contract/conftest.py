@@ -11,7 +11,7 @@ from hypeman import APIStatusError, Hypeman
 from hypeman.types import Instance
 
 from support.contract import HYPERVISOR, IMAGE, Maker, Refused, mint
-from support.server import Server, eventually, running_server
+from support.server import Server, eventually_empty, running_server
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     environment = {"STILLFRAME_DEFAULT_HYPERVISOR": HYPERVISOR}
     with running_server(data_dir, environment=environment) as running:
         yield running
-    eventually(running.vmm_pids())
+    eventually_empty(running.vmm_pids)
 
 
 @pytest.fixture
