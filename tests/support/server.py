@@ -25,8 +25,15 @@ START_DEADLINE = 60.0
 class Server:
     """``stillframe serve`` on a data directory and a free port."""
 
-    def __init__(self, data_dir: Path, *, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        environment: dict[str, str] | None = None,
+        python: Sequence[str] = (sys.executable,),
+    ) -> None:
         self.data_dir = data_dir
+        self.command = (*python, "-m", "stillframe.cli.main")
         self.environment = {
             **os.environ,
             "STILLFRAME_DATA_DIR": str(data_dir),
@@ -40,7 +47,7 @@ class Server:
         """Start it and wait for its ready line."""
         self.log = (self.data_dir.parent / f"{self.data_dir.name}.log").open("ab")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "stillframe.cli.main", "serve"],
+            [*self.command, "serve"],
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -79,7 +86,7 @@ class Server:
     def token(self, *arguments: str) -> str:
         """A token printed by ``stillframe token``."""
         done = subprocess.run(
-            [sys.executable, "-m", "stillframe.cli.main", "token", *arguments],
+            [*self.command, "token", *arguments],
             env=self.environment, capture_output=True, text=True, check=True, timeout=60,
         )  # fmt: skip
         return done.stdout.strip()
@@ -92,7 +99,7 @@ class Server:
         """Run the command line client as a user of this machine would."""
         environment = {**self.environment, "STILLFRAME_URL": self.url}
         return subprocess.run(
-            [sys.executable, "-m", "stillframe.cli.main", *arguments],
+            [*self.command, *arguments],
             env=environment, capture_output=True, text=True, input=input, timeout=300, check=False,
         )  # fmt: skip
 
@@ -107,10 +114,13 @@ class Server:
 
 @contextlib.contextmanager
 def running_server(
-    data_dir: Path, *, environment: dict[str, str] | None = None
+    data_dir: Path,
+    *,
+    environment: dict[str, str] | None = None,
+    python: Sequence[str] = (sys.executable,),
 ) -> Iterator[Server]:
     """A server that is gone afterwards, with every VM it started, however the test ends."""
-    server = Server(data_dir, environment=environment)
+    server = Server(data_dir, environment=environment, python=python)
     try:
         server.start()
         yield server
