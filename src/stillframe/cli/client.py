@@ -15,7 +15,7 @@ from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from stillframe.cli.settings import DEFAULT_LISTEN, Settings, load_settings
 from stillframe.cli.tokens import mint_token, read_secret
@@ -117,7 +117,7 @@ class Client:
         except httpx2.HTTPError as error:
             raise self._unreachable(error) from error
         if response.is_error:
-            raise error_from_answer(response.status_code, response.content)
+            raise error_from_answer(response.status_code, response.content, path)
         if response.status_code == 204 or not response.content:
             return None
         try:
@@ -132,7 +132,7 @@ class Client:
         try:
             with self.http.stream("GET", path, params=dict(query), timeout=None) as response:
                 if response.is_error:
-                    raise error_from_answer(response.status_code, response.read())
+                    raise error_from_answer(response.status_code, response.read(), path)
                 for line in response.iter_lines():
                     if line.startswith("data:"):
                         yield json.loads(line[5:])
@@ -156,7 +156,7 @@ class Client:
             )
         except InvalidStatus as error:
             body = error.response.body or b""
-            raise error_from_answer(error.response.status_code, bytes(body)) from error
+            raise error_from_answer(error.response.status_code, bytes(body), path) from error
         except (InvalidHandshake, OSError) as error:
             raise self._unreachable(error) from error
         with connection:
@@ -210,8 +210,11 @@ class Client:
         )
 
 
-def error_from_answer(status: int, content: bytes) -> StillframeError:
-    """The error an answer stands for: its class by status, code, message and hint by the body."""
+def error_from_answer(status: int, content: bytes, path: str = "") -> StillframeError:
+    """The error an answer stands for: its class by status, code, message and hint by the body.
+
+    The contract's message for an unknown instance does not name it; the request's path does.
+    """
     try:
         body = json.loads(content)
     except ValueError:
@@ -221,11 +224,14 @@ def error_from_answer(status: int, content: bytes) -> StillframeError:
     details = [d for d in body.get("details") or [] if isinstance(d, dict)]
     hints = [str(d.get("message")) for d in details if d.get("code") == "hint"]
     kind = _ERRORS.get(status, HostFailure if status >= 500 else InvalidRequest)
-    return kind(
-        str(body.get("message") or f"the server answered {status}"),
-        code=body.get("code"),
-        hint=hints[0] if hints else None,
-    )
+    message = str(body.get("message") or f"the server answered {status}")
+    hint = hints[0] if hints else None
+    if kind is Unauthorized:
+        hint = hint or "`stillframe token` prints one on the server's machine"
+    if message == "resource not found" and path.startswith("/instances/"):
+        message = f"no instance {unquote(path.split('/')[2])!r}"
+        hint = "`stillframe ps` lists them"
+    return kind(message, code=body.get("code"), hint=hint)
 
 
 def instance_path(reference: str, *more: str) -> str:

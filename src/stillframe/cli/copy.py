@@ -39,7 +39,7 @@ def cp(
                 count = _download(client, *from_guest, Path(target))
         except OSError as error:
             raise HostFailure(f"{error.filename}: {error.strerror}") from error
-    output.say(f"{count} entries copied")
+    output.say(f"{count} {'entry' if count == 1 else 'entries'} copied")
 
 
 def _split(text: str) -> tuple[str, str] | None:

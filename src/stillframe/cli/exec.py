@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from websockets.sync.client import ClientConnection
 
 _CHUNK = 32 * 1024
+# Stillframe's own addition to the contract, which has no end of file.
+_END_OF_STDIN = b""
 
 
 def exec_(
@@ -30,7 +32,7 @@ def exec_(
     instance: Annotated[str, typer.Argument(help="Name, id or unique id prefix.")],
     command: Annotated[list[str] | None, typer.Argument(help="Default: /bin/sh.")] = None,
     interactive: Annotated[
-        bool, typer.Option("--interactive", "-i", help="Send stdin (it has no end of file).")
+        bool, typer.Option("--interactive", "-i", help="Send stdin, up to its end.")
     ] = False,
     tty: Annotated[bool, typer.Option("--tty", "-t", help="Give it a terminal.")] = False,
     env: Annotated[list[str] | None, typer.Option("--env", "-e", metavar="KEY=VALUE")] = None,
@@ -61,6 +63,8 @@ def exec_(
                 stack.enter_context(_raw_terminal())
             if interactive or tty:
                 stack.enter_context(_input(connection, tty=tty, read_stdin=interactive))
+            else:
+                connection.send(_END_OF_STDIN)
             code = _print_output(connection)
     raise typer.Exit(code)
 
@@ -70,6 +74,7 @@ def run_command(client: Client, instance: str, command: list[str]) -> tuple[int,
     output = bytearray()
     with client.websocket(instance_path(instance, "exec")) as connection:
         connection.send(json.dumps({"command": command, "tty": False, "wait_for_agent": 30}))
+        connection.send(_END_OF_STDIN)
         code = _receive(connection, output.extend)
     return code, bytes(output)
 
@@ -162,6 +167,7 @@ def _forward(connection: ClientConnection, wake: int, read_stdin: bool) -> None:
             elif data := os.read(sources[1], _CHUNK):
                 connection.send(data)
             else:
+                connection.send(_END_OF_STDIN)
                 sources = [wake]
     except (ConnectionClosed, OSError):
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 from stillframe.cli import output
 from stillframe.cli.client import Client, image_path
 from stillframe.cli.output import JsonFlag
-from stillframe.model.errors import HostFailure, NotFound
+from stillframe.model.errors import HostFailure, InvalidRequest, NotFound
 from stillframe.model.units import format_size
 
 app = typer.Typer(help="Images: root file systems to boot from.", no_args_is_help=True)
@@ -60,15 +61,25 @@ def pull(
 def import_(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="What to call it.")],
-    source: Annotated[Path, typer.Argument(help="Root file system tar, or OCI layout tar.")],
+    source: Annotated[
+        Path, typer.Argument(help="Tar of a root file system, or an OCI layout (directory or tar).")
+    ],
     as_json: JsonFlag = False,
 ) -> None:
     """Make an image from a local archive."""
-    if not source.is_file():
-        raise NotFound(f"no such file: {source}", hint="a directory must be made a tar first")
+    if not source.exists():
+        raise NotFound(f"no such file: {source}")
+    if source.is_dir() and not (source / "index.json").is_file():
+        raise InvalidRequest(
+            f"{source} is a directory and no OCI layout",
+            hint=f"make a tar of it: tar -C {source} -cf image.tar .",
+        )
     with output.working(f"importing {source}"):
         image = context.obj.request(
-            "POST", "/images/import", query={"name": name}, content=_chunks(source)
+            "POST",
+            "/images/import",
+            query={"name": name},
+            content=_as_tar(source) if source.is_dir() else _chunks(source),
         )
     output.print_json(image) if as_json else _table([image])
 
@@ -79,6 +90,19 @@ def rm(context: typer.Context, names: list[str]) -> None:
     for name in names:
         context.obj.request("DELETE", image_path(name))
         print(name)
+
+
+def _as_tar(layout: Path) -> Iterator[bytes]:
+    """The files of an OCI layout directory as a tar stream, made as it is sent."""
+    for path in sorted(layout.rglob("*")):
+        if not path.is_file():
+            continue
+        info = tarfile.TarInfo(str(path.relative_to(layout)))
+        info.size = path.stat().st_size
+        yield info.tobuf()
+        yield from _chunks(path)
+        yield bytes(-info.size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)
 
 
 def _chunks(source: Path) -> Iterator[bytes]:

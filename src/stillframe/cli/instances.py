@@ -18,6 +18,8 @@ Compression = Annotated[
     typer.Option("--compress", metavar="zstd|lz4|none[:LEVEL]", help="Compress the memory."),
 ]
 
+_COLUMNS = ("NAME", "ID", "STATE")
+
 
 def run(
     context: typer.Context,
@@ -171,12 +173,14 @@ def fork(
     body: dict[str, Any] = {"from_running": True}
     if state:
         body["target_state"] = state
-    for name in names:
-        with output.working(f"forking {name}"):
-            made = client.request(
-                "POST", instance_path(source, "fork"), body={**body, "name": name}
-            )
-        _show(made, as_json)
+    with output.answers(_COLUMNS, as_json) as made:
+        for name in names:
+            with output.working(f"forking {name}"):
+                made.append(
+                    client.request(
+                        "POST", instance_path(source, "fork"), body={**body, "name": name}
+                    )
+                )
 
 
 def wait(
@@ -211,10 +215,11 @@ def _each(
     as_json: bool,
     body: dict[str, Any] | None = None,
 ) -> None:
-    for instance in instances:
-        with output.working(f"{doing} {instance}"):
-            answer = context.obj.request("POST", instance_path(instance, verb), body=body or {})
-        _show(answer, as_json)
+    with output.answers(_COLUMNS, as_json) as done:
+        for instance in instances:
+            path = instance_path(instance, verb)
+            with output.working(f"{doing} {instance}"):
+                done.append(context.obj.request("POST", path, body=body or {}))
 
 
 def _wait_for(client: Client, instance: str, state: str, timeout: str) -> dict[str, Any]:
@@ -238,9 +243,7 @@ def _show(instance: dict[str, Any], as_json: bool) -> None:
     if as_json:
         output.print_json(instance)
     else:
-        output.print_table(
-            ("NAME", "ID", "STATE"), [(instance["name"], instance["id"], instance["state"])]
-        )
+        output.print_table(_COLUMNS, [(instance["name"], instance["id"], instance["state"])])
 
 
 def _made_up_name() -> str:

@@ -50,6 +50,24 @@ def print_facts(facts: Mapping[str, object]) -> None:
 
 
 @contextlib.contextmanager
+def answers(columns: Sequence[str], as_json: bool) -> Iterator[list[dict[str, Any]]]:
+    """A list for the answers of a command on several things, printed at the end as one.
+
+    Also printed when one of them fails: what was done before it stays done. Columns are the
+    answers' keys in capitals; JSON is an array, whatever the number.
+    """
+    collected: list[dict[str, Any]] = []
+    try:
+        yield collected
+    finally:
+        if as_json:
+            print_json(collected)
+        elif collected:
+            rows = [[answer.get(column.lower()) for column in columns] for answer in collected]
+            print_table(columns, rows)
+
+
+@contextlib.contextmanager
 def working(text: str) -> Iterator[None]:
     """Show a spinner on stderr while the context lasts, if stderr is a terminal."""
     if not sys.stderr.isatty():

@@ -15,6 +15,7 @@ from stillframe.model.values import SnapshotKind
 
 app = typer.Typer(help="Snapshots: write-once captures of instances.", no_args_is_help=True)
 Snapshot = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="Id, name or unique prefix.")]
+_COLUMNS = ("NAME", "ID", "STATE")
 TargetState = Annotated[str | None, typer.Option("--state", help="Stopped, Standby or Running.")]
 
 
@@ -124,12 +125,11 @@ def fork(
     """Make new instances from a snapshot."""
     client: Client = context.obj
     found = client.find_snapshot(snapshot)
-    made = []
-    for name in names:
-        body = {"name": name, **({"target_state": state} if state else {})}
-        with output.working(f"forking {name}"):
-            made.append(client.request("POST", f"/snapshots/{found['id']}/fork", body=body))
-    output.print_json(made) if as_json else _instance_table(made)
+    with output.answers(_COLUMNS, as_json) as made:
+        for name in names:
+            body = {"name": name, **({"target_state": state} if state else {})}
+            with output.working(f"forking {name}"):
+                made.append(client.request("POST", f"/snapshots/{found['id']}/fork", body=body))
 
 
 def _table(snapshots: list[dict[str, Any]]) -> None:
@@ -149,6 +149,4 @@ def _table(snapshots: list[dict[str, Any]]) -> None:
 
 
 def _instance_table(instances: list[dict[str, Any]]) -> None:
-    output.print_table(
-        ("NAME", "ID", "STATE"), [(i["name"], i["id"], i["state"]) for i in instances]
-    )
+    output.print_table(_COLUMNS, [(i["name"], i["id"], i["state"]) for i in instances])

@@ -87,7 +87,12 @@ class Engine:
             i for i in records.instances.values() if reference and i.id.startswith(reference)
         ]
         if len(matches) > 1:
-            raise Ambiguous("multiple resources match, use full ID", matches=len(matches))
+            candidates = ", ".join(f"{i.id} ({i.name})" for i in matches[:5])
+            raise Ambiguous(
+                "multiple resources match, use full ID",
+                hint=f"say which: {candidates}",
+                matches=len(matches),
+            )
         if not matches:
             raise NotFound("resource not found")
         return matches[0]
