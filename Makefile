@@ -1,5 +1,5 @@
 # make setup | test | lint | fmt | demo | clean     (ARGS="-k name" goes to pytest)
-.PHONY: setup test lint fmt demo clean
+.PHONY: bench-boot setup test lint fmt demo clean
 BIN := .venv/bin
 
 setup:
@@ -17,6 +17,9 @@ lint:
 fmt:
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+bench-boot: setup
+	@$(BIN)/python bench/boot.py $(ARGS)
 
 demo: setup
 	@$(BIN)/python tools/demo.py $(ARGS)

@@ -24,20 +24,24 @@ _TAIL_BLOCK = 1 << 16
 _MAX_LINE = 1 << 16
 
 
-async def connection_to(context: Context, instance_id: str) -> AgentConnection:
-    """The agent of a Running instance. Raises NotFound, InvalidState, GuestFailure."""
+async def connection_to(context: Context, instance_id: str, patience: float = 0) -> AgentConnection:
+    """The agent of a Running instance. Raises NotFound, InvalidState, GuestFailure.
+
+    ``patience`` is how many seconds a silent agent is given; 0 means the settings' limit.
+    """
     instance = context.instance(instance_id)
     if instance.state is not InstanceState.RUNNING:
         raise InvalidState(
             f"instance must be running (current state: {instance.state.value})",
             state=instance.state.value,
         )
-    return await connect(context, context.live_instance(instance), context.settings.agent_timeout)
+    seconds = patience or context.settings.agent_timeout
+    return await connect(context, context.live_instance(instance), seconds)
 
 
 async def execute(context: Context, instance_id: str, request: ExecRequest) -> ExecSession:
     """Start a command in the guest. Raises what ``connection_to`` raises, GuestFailure."""
-    connection = await connection_to(context, instance_id)
+    connection = await connection_to(context, instance_id, request.wait_for_agent)
     return await start_exec(
         connection,
         command=request.command,
