@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,66 +12,15 @@ from hypeman import Hypeman
 from hypeman.lib.cp import cp_from_instance, cp_to_instance
 from hypeman.lib.exec import exec as exec_in_guest
 
-from stillframe.images.base import find_busybox
 from support.registry import Registry, available, running_registry, write_layout
 from support.server import run_in, wait_running
+from support.userland import layers
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
 SMALL: dict[str, Any] = {"size": "256MB", "overlay_size": "1GB", "vcpus": 1}
 # Tells its pid and stays until it is asked to end.
 WORKLOAD = 'echo $$ > /tmp/pid; trap "exit 5" TERM; while :; do sleep 1000 & wait $!; done'
-APPLETS = ["sh", "cat", "sleep", "stat", "id", "ls", "tr", "grep", "readlink"]
-
-
-def entry(
-    name: str, content: bytes = b"", *, mode: int = 0o644, owner: tuple[int, int] = (0, 0),
-    kind: bytes = tarfile.REGTYPE, link: str = "",
-) -> tuple[tarfile.TarInfo, bytes]:  # fmt: skip
-    """One member of a layer."""
-    info = tarfile.TarInfo(name)
-    info.type, info.mode, info.linkname, info.size = kind, mode, link, len(content)
-    info.uid, info.gid = owner
-    return info, content
-
-
-def layer(*members: tuple[tarfile.TarInfo, bytes]) -> bytes:
-    """A layer of members with owners and modes."""
-    output = io.BytesIO()
-    with tarfile.open(fileobj=output, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for info, content in members:
-            archive.addfile(info, io.BytesIO(content))
-    return output.getvalue()
-
-
-def layers() -> list[bytes]:
-    """Two layers: a userland with owners, modes and links, and one that takes some of it away."""
-    links = [entry(f"bin/{a}", kind=tarfile.SYMTYPE, link="busybox", mode=0o777) for a in APPLETS]
-    lower = layer(
-        entry("bin", kind=tarfile.DIRTYPE, mode=0o755),
-        entry("bin/busybox", find_busybox().read_bytes(), mode=0o755),
-        *links,
-        entry("tmp", kind=tarfile.DIRTYPE, mode=0o1777),
-        entry("etc/passwd", b"root:x:0:0::/root:/bin/sh\napp:x:1500:1600::/home/app:/bin/sh\n"),
-        entry("etc/group", b"root:x:0:\napp:x:1600:\nextra:x:1700:other,app\n"),
-        entry("srv", kind=tarfile.DIRTYPE, mode=0o750, owner=(1500, 1600)),
-        entry("srv/data", b"lower", mode=0o640, owner=(1234, 2345)),
-        entry("srv/same", kind=tarfile.LNKTYPE, link="srv/data"),
-        entry("srv/link", kind=tarfile.SYMTYPE, link="data", owner=(7, 8)),
-        entry("srv/setid", b"x", mode=0o6755, owner=(1, 2)),
-        entry("srv/changed", b"old", mode=0o600),
-        entry("srv/gone", b"x"),
-        entry("srv/tree/old", b"x"),
-        entry("srv/whole/deep/file", b"x"),
-    )
-    upper = layer(
-        entry("srv/changed", b"new", mode=0o444, owner=(1500, 1600)),
-        entry("srv/.wh.gone"),
-        entry("srv/tree/.wh..wh..opq"),
-        entry("srv/tree/new", b"x"),
-        entry("srv/.wh.whole"),
-    )
-    return [lower, upper]
 
 
 @pytest.fixture(scope="module")
@@ -145,11 +92,15 @@ def test_the_config_of_an_image_is_honoured(
         "changed 1500:1600 444 1 regular file",
         "data 1234:2345 640 2 regular file",
         "link 7:8 777 1 symbolic link",
+        "null 3:4 666 1 character special file",
+        "pipe 5:6 600 1 fifo",
         "same 1234:2345 640 2 regular file",
         "setid 1:2 6755 1 regular file",
         "tree 0:0 755 2 directory",
     ]
-    read = "cat changed data same link; ls -A tree; stat -c %a /tmp; readlink link"
+    read = (
+        "cat changed data same link; ls -A tree; stat -c %a /tmp; readlink link; echo lost > null"
+    )
     assert run_in(client, made.id, "sh", "-c", read).split() == [
         "newlowerlowerlowernew", "1777", "data",
     ]  # fmt: skip

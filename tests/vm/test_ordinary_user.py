@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from support.server import Server, eventually_empty, run_in, running_server, wait_running
+from support.userland import layers
 
 pytestmark = [
     pytest.mark.vm,
@@ -89,13 +90,19 @@ def users_server() -> Iterator[Server]:
 def test_an_ordinary_user_boots_freezes_and_forks(users_server: Server) -> None:
     assert users_server.data_dir.stat().st_uid == NOBODY
     client = users_server.client()
+    tree = users_server.data_dir.parent / "tree.tar"
+    tree.write_bytes(layers()[0])
+    imported = users_server.cli("image", "import", "test/owned", str(tree))
+    assert imported.returncode == 0, imported.stderr
     made = client.instances.create(
-        name="mine", image="stillframe/base", size="256MB", overlay_size="1GB", vcpus=1
-    )
+        name="mine", image="test/owned", cmd=["/bin/sleep", "10000"],
+        size="256MB", overlay_size="1GB", vcpus=1,
+    )  # fmt: skip
     wait_running(client, made.id)
     assert vmm_users(users_server.data_dir) == [NOBODY]
-    assert run_in(client, made.id, "stat", "-c", "%u:%g", "/", "/bin/sh").split() == ["0:0"] * 2
-    token = run_in(client, made.id, "sh", "-c", "head -c 16 /dev/urandom | md5sum > /dev/shm/t; "
+    owners = run_in(client, made.id, "stat", "-c", "%u:%g %a", "/", "/srv/data", "/srv/null")
+    assert owners.splitlines() == ["0:0 755", "1234:2345 640", "3:4 666"]
+    token = run_in(client, made.id, "sh", "-c", "cat /proc/sys/kernel/random/uuid > /dev/shm/t; "
                    "cat /dev/shm/t")  # fmt: skip
     snapshot = client.instances.snapshots.create(made.id, kind="Standby")
     fork = client.snapshots.fork(snapshot.id, name="fork")
