@@ -25,6 +25,7 @@ from stillframe.engine.engine import Engine
 from stillframe.engine.interface import CreateRequest
 from stillframe.engine.machines import resources_of, spec_of
 from stillframe.engine.settings import EngineSettings
+from stillframe.host.files import clone
 from stillframe.host.orphans import kill_orphans
 from stillframe.host.process import spawn
 from stillframe.host.sockets import bind_unix
@@ -86,9 +87,7 @@ async def boot_by_hand(engine: Engine, driver: QemuDriver) -> float:
     build = QemuBuild("qemu-system-x86_64", (major, minor, micro), probe.accelerator)
     resources = await resources_of(engine.context, instance)
     overlay, config = directory / "overlay", directory / "config"
-    shutil.copyfile(
-        engine.context.data.templates / f"overlay-{instance.overlay_bytes}.ext4", overlay
-    )
+    clone(engine.context.data.templates / f"overlay-{instance.overlay_bytes}.ext4", overlay)
     write_config_disk(config, [("arg", "/bin/sleep"), ("arg", "1000"), ("nonce", "hand")])
     console, memory = directory / "console", directory / "memory"
     console.touch()
