@@ -87,12 +87,13 @@ static void control_message(void) {
 
 static void start_workload(void) {
     int error = 0;
+    char step[32];
     dprintf(console, "STILLFRAME-PROGRAM-START nonce=%s\n", nonce());
-    workload = workload_start(&config, console, &error);
+    workload = workload_start(&config, console, &error, step, sizeof step);
     if (error) {
         char message[96];
-        snprintf(message, sizeof message, "cannot start: %s", strerror(error));
-        finish(error == ENOENT ? 127 : 126, message);
+        snprintf(message, sizeof message, "cannot start: %s%s", strerror(error), step);
+        finish(error == ENOENT && !*step ? 127 : 126, message);
     }
     shared->workload = WORKLOAD_RUNNING;
     tell_agent();

@@ -38,7 +38,7 @@ _Noreturn void power_off(void);
 void network_configure(const struct config *config);
 
 /* workload.c */
-pid_t workload_start(const struct config *config, int console, int *error);
+pid_t workload_start(const struct config *config, int console, int *error, char *step, size_t size);
 /* The environment of the workload, with PATH and HOME filled in; `extra` free slots. Free the array only. */
 char **workload_environment(const struct config *config, const struct account *account, size_t extra);
 void process_defaults(void); /* in a child: default signals, no mask, own session, ordinary OOM score */

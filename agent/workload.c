@@ -4,6 +4,7 @@
 #include <grp.h>
 #include <signal.h>
 #include <sys/stat.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -54,6 +55,18 @@ int become(const struct account *account) {
     return 0;
 }
 
+/* What the workload's process tells when it cannot become the program. */
+struct failure {
+    int error;
+    char step[28];
+};
+
+/* As OCI runtimes do, a working directory that the image lacks is made, by root. */
+static void make_working_directory(const char *directory) {
+    if (!make_directories(directory))
+        mkdir(directory, 0755);
+}
+
 _Noreturn static void run(const struct config *config, char **arguments, int console, int report) {
     struct account account;
     process_defaults();
@@ -61,28 +74,38 @@ _Noreturn static void run(const struct config *config, char **arguments, int con
     dup2(null, 0);
     dup2(console, 1);
     dup2(console, 2);
-    const char *directory = text_list_get(&config->list, "cwd", "/");
+    const char *directory = text_list_get(&config->list, "cwd", "/"), *step = " (user)";
     int error = -find_account(text_list_get(&config->list, "user", ""), &account);
+    if (!error && *directory)
+        make_working_directory(directory); /* chdir tells whether it is there */
     if (!error && fchmod(console, 0666)) /* so that /dev/stdout opens for any user */
         error = errno;
     if (!error)
         error = -become(&account);
-    if (!error && chdir(*directory ? directory : "/"))
-        error = errno;
     if (!error) {
+        step = " (working directory)";
+        if (chdir(*directory ? directory : "/"))
+            error = errno;
+    }
+    if (!error) {
+        step = "";
         environ = workload_environment(config, &account, 0);
         execvp(arguments[0], arguments);
         error = errno;
     }
-    if (write(report, &error, sizeof error) < 0)
+    struct failure failure = {.error = error};
+    strncpy(failure.step, step, sizeof failure.step - 1);
+    if (write(report, &failure, sizeof failure) < 0)
         _exit(126);
     _exit(127);
 }
 
-pid_t workload_start(const struct config *config, int console, int *error) {
+pid_t workload_start(const struct config *config, int console, int *error, char *step, size_t size) {
     int report[2];
+    struct failure failure;
     char **arguments = text_list_all(&config->list, "arg", 0);
     *error = 0;
+    *step = 0;
     if (!arguments[0]) { /* an image without a command: the guest is there for its agent */
         free(arguments);
         return 0;
@@ -97,8 +120,10 @@ pid_t workload_start(const struct config *config, int console, int *error) {
     close(report[1]);
     if (pid < 0)
         *error = errno;
-    else if (read(report[0], error, sizeof *error) != sizeof *error)
-        *error = 0;
+    else if (read(report[0], &failure, sizeof failure) == sizeof failure) {
+        *error = failure.error;
+        snprintf(step, size, "%s", failure.step);
+    }
     close(report[0]);
     free(arguments);
     return pid;

@@ -106,18 +106,30 @@ def test_the_config_of_an_image_is_honoured(
     ]  # fmt: skip
 
 
-def test_numbers_for_a_user_and_the_default_command(
+def test_a_numeric_user_in_a_missing_directory_runs_the_default_command(
     client: Hypeman, registry: Registry, tmp_path: Path, name: str
 ) -> None:
     image = pull(
-        client, registry, tmp_path / "oci", "team/app:2", Cmd=["of", "image"], User="4321:8765"
-    )
+        client, registry, tmp_path / "oci", "team/app:2", Cmd=["of", "image"], User="4321:8765",
+        WorkingDir="/made/for/it",
+    )  # fmt: skip
     made = client.instances.create(name=name, image=image, **SMALL)
     wait_running(client, made.id)
     assert workload(client, made.id, "cmdline")[3:] == ["app", "of", "image"]
     ids = identity(client, made.id)
     assert (ids["Uid:"], ids["Gid:"]) == (["4321"] * 4, ["8765"] * 4)
-    assert run_in(client, made.id, "readlink", "/proc/self/cwd").strip() == "/"
+    look = "readlink /proc/$(cat /tmp/pid)/cwd; stat -c '%u %a' /made/for/it"
+    assert run_in(client, made.id, "sh", "-c", look).split() == ["/made/for/it", "0", "755"]
+
+
+def test_a_user_whom_the_image_does_not_know_is_named_as_the_cause(
+    client: Hypeman, registry: Registry, tmp_path: Path, name: str
+) -> None:
+    image = pull(client, registry, tmp_path / "oci", "team/app:3", User="unknown")
+    made = client.instances.create(name=name, image=image, **SMALL)
+    assert client.instances.wait(made.id, state="Stopped", api_timeout="2m").state == "Stopped"
+    ended = client.instances.get(made.id)
+    assert (ended.exit_code, ended.exit_message) == (126, "cannot start: Invalid argument (user)")
 
 
 def test_the_end_of_a_workload_is_told(client: Hypeman, name: str) -> None:
