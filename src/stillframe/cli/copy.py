@@ -95,6 +95,9 @@ def _walk(source: Path, guest_path: str) -> Iterator[tuple[Path, str]]:
 def _download(client: Client, instance: str, guest_path: str, target: Path) -> int:
     base = target / PurePosixPath(guest_path).name if target.is_dir() else target
     count, single = 0, not _guest_stat(client, instance, guest_path).get("is_dir")
+    if not single:
+        # The guest sends what is in the directory, not the directory itself.
+        base.mkdir(exist_ok=True)
     with client.websocket(instance_path(instance, "cp")) as connection:
         connection.send(json.dumps({"direction": "from", "guest_path": guest_path}))
         final = False

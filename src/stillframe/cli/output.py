@@ -29,7 +29,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
 
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in columns:
-            table.add_column(column, overflow="fold")
+            # An identifier is there to be copied: a narrow terminal folds other columns.
+            table.add_column(column, overflow="fold", no_wrap=column == "ID")
         for row in cells:
             table.add_row(*(Text(cell) for cell in row))
         Console().print(table)

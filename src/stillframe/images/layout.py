@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,6 +44,10 @@ LAYER_TYPES = frozenset(
 MAX_DOCUMENT = 4 * 1024 * 1024  # manifests and configs, bytes
 MAX_LAYERS = 512
 _HASH_CHUNK = 1 << 20
+# Docker's own archives start with layers and configs named by digests, manifest.json comes last.
+_ARCHIVE_NAME = re.compile(
+    r"(oci-layout|index\.json|manifest\.json|blobs|[0-9a-f]{64}(\.tar|\.json)?)(/|$)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +184,7 @@ def open_source(source: Path, scratch: Path, platform: str = "linux/amd64") -> L
     if not source.is_file():
         raise NotFound(f"there is no file {source.name!r} to import")
     blob = Blob(source)
-    names = _first_names(blob)
-    if not {"oci-layout", "index.json", "manifest.json", "blobs"} & {
-        n.split("/")[0] for n in names
-    }:
+    if not any(_ARCHIVE_NAME.match(name) for name in _first_names(blob)):
         return LayeredImage((blob,), ImageConfig())
     with storage_errors("unpack an image archive"):
         _unpack_layout(blob, scratch)
