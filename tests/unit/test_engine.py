@@ -17,6 +17,7 @@ from stillframe.engine import capture as capturing
 from stillframe.engine import machines, standby
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import CreateRequest
+from stillframe.host.memory import read_dirty_pages
 from stillframe.host.orphans import kill_orphans
 from stillframe.model.errors import (
     Conflict,
@@ -241,6 +242,27 @@ async def test_a_cancelled_snapshot_lets_the_guest_go_on(engine: Engine, tmp_pat
         assert int(await ask(engine, source.id, "counter")) > before
     known = {snapshot.id for snapshot in engine.list_snapshots()}
     assert {path.name for path in (tmp_path / "snapshots").iterdir()} == known
+
+
+async def test_a_standby_cancelled_during_the_pause_lets_the_guest_go_on(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = await running(engine)
+    reading = read_dirty_pages
+    loop = asyncio.get_running_loop()
+
+    def cancel_meanwhile(*arguments: Any) -> Any:
+        loop.call_soon_threadsafe(task.cancel)
+        return reading(*arguments)
+
+    monkeypatch.setattr(capturing, "read_dirty_pages", cancel_meanwhile)
+    task = asyncio.create_task(engine.standby(source.id))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    monkeypatch.undo()
+    before = int(await ask(engine, source.id, "counter"))
+    await asyncio.sleep(0.05)
+    assert int(await ask(engine, source.id, "counter")) > before
 
 
 async def test_damaged_device_state_is_refused_and_the_snapshot_kept(

@@ -60,7 +60,12 @@ async def capture(
         with phases.measure("prepare"):
             buffer = await asyncio.to_thread(prepare_buffer, pid, paths.memory)
         still = _Still(live.machine, paths, payload, phases, buffer, stay_paused)
-        pages, pause_ms = await finish(still.run())
+        try:
+            pages, pause_ms = await finish(still.run())
+        except asyncio.CancelledError:
+            if stay_paused:  # nobody will take it from here: the guest must not stand still
+                await finish(live.machine.resume())
+            raise
         try:
             with phases.measure("write_memory"):
                 report = await asyncio.to_thread(write_dirty_pages, pages, payload.memory)

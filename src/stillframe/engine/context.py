@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 from stillframe.engine.settings import EngineSettings
@@ -272,9 +271,3 @@ async def finish(work: Awaitable[T]) -> T:
         if not task.done():
             await asyncio.wait([task])
         raise
-
-
-def write_new(path: Path, data: bytes) -> None:
-    """Write a small file that must not exist yet. Raises OSError."""
-    with path.open("xb") as file:
-        file.write(data)
