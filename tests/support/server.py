@@ -42,6 +42,7 @@ class Server:
         }
         self.process: subprocess.Popen[bytes] | None = None
         self.url = ""
+        self.clients: list[Hypeman] = []
 
     def start(self) -> None:
         """Start it and wait for its ready line."""
@@ -93,7 +94,9 @@ class Server:
 
     def client(self) -> Hypeman:
         """The official SDK's client, with full access."""
-        return Hypeman(base_url=self.url, api_key=self.token(), timeout=120, max_retries=0)
+        made = Hypeman(base_url=self.url, api_key=self.token(), timeout=120, max_retries=0)
+        self.clients.append(made)
+        return made
 
     def cli(self, *arguments: str, input: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run the command line client as a user of this machine would."""
@@ -125,6 +128,8 @@ def running_server(
         server.start()
         yield server
     finally:
+        for client in server.clients:
+            client.close()
         if server.process is not None:
             server.stop()
         kill_orphans(data_dir / "instances", ())
