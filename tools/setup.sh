@@ -129,6 +129,7 @@ unpack_kernel() {
 
 build_agent() {
     make --no-print-directory --silent -C agent
+    make --no-print-directory --silent -C tracker
     [ -x agent/build/stillframe-init ] ||
         fail "agent/build/stillframe-init was not built" "run make -C agent"
 }

@@ -15,8 +15,10 @@ import pytest
 
 from stillframe.guest.connection import AgentConnection
 from stillframe.guest.exec import start_exec
+from stillframe.host.capture import MemoryCapture
 from stillframe.host.files import clone, create_sparse
-from stillframe.host.memory import prepare_buffer, read_dirty_pages, write_dirty_pages
+from stillframe.host.image import open_private
+from stillframe.host.memory import GuestMemory
 from stillframe.host.orphans import kill_orphans, processes_naming
 from stillframe.images.base import find_busybox
 from stillframe.images.boot import BootPair, build_boot_pair, write_config_disk
@@ -27,6 +29,7 @@ from stillframe.vmm.qemu import QemuDriver
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL = Path(os.environ.get("STILLFRAME_KERNEL_DIR", ROOT / ".cache/kernel"))
 AGENT = ROOT / "agent/build/stillframe-init"
+TRACKER = ROOT / "tracker/build/libstillframe-tracker.so"
 TOOLS = ("qemu-system-x86_64", "mksquashfs", "mkfs.ext4")
 MEMORY = 256 << 20
 BOOT_DEADLINE = 120.0
@@ -108,12 +111,13 @@ class Bench:
         home.mkdir()
         pid, image = machine.process.pid, resources.memory_image
         await machine.save_devices(home / "devices")
-        pages = read_dirty_pages(pid, image, prepare_buffer(pid, image))
-        assert pages.length > 0
         clone(image, home / "memory")
         clone(resources.disks[1].path, home / "overlay")
-        write_dirty_pages(pages, home / "memory")
-        pages.close()
+        with GuestMemory(pid, image) as memory, open_private(home / "memory") as fd:
+            assert memory.private_pages().total > 0
+            taken = MemoryCapture(memory, fd, incremental=False, buffer_limit=MEMORY)
+            taken.still()
+            taken.after()
         root, _, config = resources.disks
         return replace(
             resources,
@@ -203,10 +207,12 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
     if request.param == "qemu":
         pair, root = request.getfixturevalue("qemu_files")
         # Which accelerator works is the probe's question, not this suite's.
-        driver: Driver = QemuDriver(accelerator=os.environ.get("STILLFRAME_ACCELERATOR", "tcg"))
+        driver: Driver = QemuDriver(
+            accelerator=os.environ.get("STILLFRAME_ACCELERATOR", "tcg"), tracker=TRACKER
+        )
     else:
         null, root = Path("/dev/null"), tmp_path / "root"
-        pair, driver = BootPair("", null, null, ""), FakeDriver()
+        pair, driver = BootPair("", null, null, ""), FakeDriver(tracker=TRACKER)
         root.touch()
     yield Bench(driver, tmp_path, pair, root)
     left = kill_orphans(tmp_path, ())

@@ -1,19 +1,29 @@
-"""Capturing dirty pages from a real process that maps an image privately."""
+"""Capturing guest memory from a real process that maps an image privately.
+
+Everything is tried with and without tracking of writes: the first needs Linux 6.7.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stillframe.host import memory
+from stillframe.host.capture import MemoryCapture
 from stillframe.host.files import clone, create_sparse
-from stillframe.host.memory import PAGE, Run
+from stillframe.host.image import WriteReport, open_private
+from stillframe.host.memory import PAGE, GuestMemory
+from stillframe.host.runs import Runs
 from stillframe.model.errors import HostFailure
+from stillframe.vmm.tracking import tracking_environment
+from support.engine import TRACKER
 
 MIB = 1 << 20
 WRITER = """
@@ -23,8 +33,9 @@ with open(sys.argv[1], "r+b") as file:
     image = mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE)
 print("mapped", flush=True)
 for line in sys.stdin:
-    offset, value = map(int, line.split())
-    image[offset] = value
+    for pair in line.split():
+        offset, value = map(int, pair.split(":"))
+        image[offset] = value
     print("written", flush=True)
 """
 
@@ -32,19 +43,22 @@ for line in sys.stdin:
 class Writer:
     """A stand-in for a VMM: maps the image privately and writes single bytes when told."""
 
-    def __init__(self, image: Path) -> None:
+    def __init__(self, image: Path, *, tracked: bool) -> None:
+        library = TRACKER if tracked else None
+        self.image = image
         self.process = subprocess.Popen(
             [sys.executable, "-S", "-c", WRITER, str(image), str(image.stat().st_size)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env={**os.environ, **tracking_environment(library, image)},
         )
         self._expect("mapped")
         self.pid = self.process.pid
 
-    def write(self, offset: int, value: int) -> None:
+    def write(self, *pairs: tuple[int, int]) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{offset} {value}\n")
+        self.process.stdin.write(" ".join(f"{o}:{v}" for o, v in pairs) + "\n")
         self.process.stdin.flush()
         self._expect("written")
 
@@ -67,119 +81,200 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def writer(image: Path) -> Iterator[Writer]:
-    process = Writer(image)
-    yield process
-    process.close()
-
-
-def capture(writer: Writer, image: Path, destination: Path) -> memory.WriteReport:
-    clone(image, destination)
-    pages = memory.read_dirty_pages(writer.pid, image, memory.prepare_buffer(writer.pid, image))
+@pytest.fixture(params=["tracked", "plain"])
+def writer(request: pytest.FixtureRequest, image: Path) -> Iterator[Writer]:
+    process = Writer(image, tracked=request.param == "tracked")
     try:
-        return memory.write_dirty_pages(pages, destination)
+        with GuestMemory(process.pid, image) as seen:
+            if request.param == "tracked" and not seen.tracked:
+                pytest.skip("this kernel cannot track writes (Linux 6.7)")
+            assert seen.tracked == (request.param == "tracked")
+        yield process
     finally:
-        pages.close()
+        process.close()
 
 
-def test_an_untouched_mapping_has_no_dirty_pages(writer: Writer, image: Path) -> None:
-    assert memory.dirty_runs(writer.pid, memory.find_mappings(writer.pid, image)) == []
+def capture(
+    writer: Writer,
+    destination: Path,
+    *,
+    below: Path | None = None,
+    limit: int = 64 * MIB,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> WriteReport:
+    """A whole capture; ``meanwhile`` happens after what was copied ahead."""
+    clone(below or writer.image, destination)
+    with GuestMemory(writer.pid, writer.image) as seen, open_private(destination) as fd:
+        one = MemoryCapture(seen, fd, incremental=below is not None, buffer_limit=limit)
+        try:
+            one.ahead()
+            meanwhile()
+            one.still()
+            return one.after()
+        finally:
+            one.close()
 
 
-def test_dirty_runs_are_the_written_pages_merged(writer: Writer, image: Path) -> None:
-    for offset in (5 * PAGE, 6 * PAGE + 17, 9 * MIB):
-        writer.write(offset, 1)
-    runs = memory.dirty_runs(writer.pid, memory.find_mappings(writer.pid, image))
-    assert runs == [Run(5 * PAGE, 2 * PAGE), Run(9 * MIB, PAGE)]
+def expected(image: Path, *pairs: tuple[int, int]) -> bytes:
+    content = bytearray(image.read_bytes())
+    for offset, value in pairs:
+        content[offset] = value
+    return bytes(content)
+
+
+def test_an_untouched_mapping_has_no_private_pages(writer: Writer, image: Path) -> None:
+    with GuestMemory(writer.pid, image) as seen:
+        assert len(seen.private_pages()) == 0
+
+
+def test_private_pages_are_the_written_ones_merged(writer: Writer, image: Path) -> None:
+    writer.write((5 * PAGE, 1), (6 * PAGE + 17, 1), (9 * MIB, 1))
+    with GuestMemory(writer.pid, image) as seen:
+        runs = seen.private_pages()
+    assert runs == Runs.of([(5 * PAGE, 7 * PAGE), (9 * MIB, 9 * MIB + PAGE)])
+    assert runs.total == 3 * PAGE
 
 
 def test_both_ways_of_scanning_agree(writer: Writer, image: Path) -> None:
-    for page in (0, 1, 3, 700, 4095):
-        writer.write(page * PAGE, 9)
+    writer.write(*((page * PAGE, 9) for page in (0, 1, 3, 700, 4095)))
     (mapping,) = memory.find_mappings(writer.pid, image)
     fd = os.open(f"/proc/{writer.pid}/pagemap", os.O_RDONLY)
     try:
-        plain = list(memory.scan_pagemap(fd, mapping.start, mapping.end))
+        plain = Runs.of(memory.scan_pagemap(fd, mapping.start, mapping.end))
         try:
-            fast = list(memory.scan_ioctl(fd, mapping.start, mapping.end))
+            fast = Runs(*memory.scan_ioctl(fd, mapping.start, mapping.end))
         except OSError:
             pytest.skip("this kernel has no PAGEMAP_SCAN")
     finally:
         os.close(fd)
-    assert [(a - mapping.start, b - mapping.start) for a, b in plain] == [
-        (0, 2 * PAGE), (3 * PAGE, 4 * PAGE), (700 * PAGE, 701 * PAGE), (4095 * PAGE, 4096 * PAGE),
+    assert [((a - mapping.start) // PAGE, (b - mapping.start) // PAGE) for a, b in plain] == [
+        (0, 2), (3, 4), (700, 701), (4095, 4096),
     ]  # fmt: skip
     assert plain == fast
+
+
+def test_written_pages_are_told_once_and_again_after_a_new_write(image: Path) -> None:
+    writer = Writer(image, tracked=True)
+    try:
+        with GuestMemory(writer.pid, image) as seen:
+            if not seen.tracked:
+                pytest.skip("this kernel cannot track writes (Linux 6.7)")
+            writer.write((PAGE, 1), (3 * PAGE, 1))
+            assert seen.written_pages() == Runs.of([(PAGE, 2 * PAGE), (3 * PAGE, 4 * PAGE)])
+            assert len(seen.written_pages()) == 0
+            writer.write((3 * PAGE, 2), (8 * PAGE, 1))
+            assert seen.written_pages() == Runs.of([(3 * PAGE, 4 * PAGE), (8 * PAGE, 9 * PAGE)])
+            assert seen.private_pages().total == 3 * PAGE
+    finally:
+        writer.close()
 
 
 def test_a_capture_holds_the_writes_and_the_image_below_stays(
     writer: Writer, image: Path, tmp_path: Path
 ) -> None:
     before = image.read_bytes()
-    writer.write(PAGE + 1, ord("x"))
-    writer.write(3 * MIB, ord("y"))
-    report = capture(writer, image, tmp_path / "captured")
-    expected = bytearray(before)
-    expected[PAGE + 1], expected[3 * MIB] = ord("x"), ord("y")
-    assert (tmp_path / "captured").read_bytes() == bytes(expected)
+    writes = ((PAGE + 1, ord("x")), (3 * MIB, ord("y")))
+    writer.write(*writes)
+    report = capture(writer, tmp_path / "captured")
+    assert (tmp_path / "captured").read_bytes() == expected(image, *writes)
     assert image.read_bytes() == before
     assert report.written == 2 * PAGE
 
 
+def test_what_is_written_during_the_capture_is_in_it(
+    writer: Writer, image: Path, tmp_path: Path
+) -> None:
+    early = tuple((page * PAGE, 7) for page in range(64))
+    late = ((3 * PAGE, 8), (5 * MIB, 9))
+    writer.write(*early)
+    capture(writer, tmp_path / "captured", meanwhile=lambda: writer.write(*late))
+    assert (tmp_path / "captured").read_bytes() == expected(image, *early, *late)
+
+
+def test_a_second_capture_writes_only_what_changed_since_the_first(
+    writer: Writer, image: Path, tmp_path: Path
+) -> None:
+    first = tuple((page * PAGE, 7) for page in range(512))
+    writer.write(*first)
+    assert capture(writer, tmp_path / "first").written == 512 * PAGE
+    second = ((100 * PAGE, 8), (2000 * PAGE, 9))
+    writer.write(*second)
+    report = capture(writer, tmp_path / "second", below=tmp_path / "first")
+    assert report.written == 2 * PAGE
+    assert (tmp_path / "second").read_bytes() == expected(image, *first, *second)
+    assert (tmp_path / "first").read_bytes() == expected(image, *first)
+
+
+def test_more_than_the_buffer_holds_is_captured_too(
+    writer: Writer, image: Path, tmp_path: Path
+) -> None:
+    early = tuple((page * PAGE, 7) for page in range(1024))
+    late = tuple((page * PAGE, 8) for page in range(512, 1536))
+    writer.write(*early)
+    capture(writer, tmp_path / "captured", limit=MIB, meanwhile=lambda: writer.write(*late))
+    assert (tmp_path / "captured").read_bytes() == expected(image, *early, *late)
+
+
 def test_pages_of_zeros_become_holes(writer: Writer, image: Path, tmp_path: Path) -> None:
-    for index in range(PAGE):
-        if index < 4:  # the page is dirty, and zero once its data byte is gone
-            writer.write(8 * MIB + index, 0)
-    report = capture(writer, image, tmp_path / "captured")
-    assert (report.written, report.zeroed) == (0, PAGE)
+    writer.write((8 * MIB, 0))
+    report = capture(writer, tmp_path / "captured")
+    assert (report.written, report.zeroed + report.unchanged) == (0, PAGE)
     assert (tmp_path / "captured").stat().st_blocks <= image.stat().st_blocks
 
 
-def test_a_zeroed_page_hides_the_data_below(writer: Writer, tmp_path: Path) -> None:
+def test_a_zeroed_page_hides_the_data_below(tmp_path: Path) -> None:
     image = tmp_path / "small"
     image.write_bytes(b"\1" + bytes(2 * MIB - 1))
-    other = Writer(image)
+    writer = Writer(image, tracked=False)
     try:
-        other.write(0, 0)
-        capture(other, image, tmp_path / "captured")
+        writer.write((0, 0))
+        capture(writer, tmp_path / "captured")
     finally:
-        other.close()
+        writer.close()
     assert (tmp_path / "captured").read_bytes() == bytes(2 * MIB)
 
 
-def test_pages_dirtied_after_the_buffer_was_prepared_are_captured_too(
-    writer: Writer, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory, "_BUFFER_RESERVE", PAGE)
-    buffer = memory.prepare_buffer(writer.pid, image)
-    for page in range(64):
-        writer.write(page * PAGE, 7)
-    pages = memory.read_dirty_pages(writer.pid, image, buffer)
-    assert pages.length == 64 * PAGE
-    assert pages.buffer is not None
-    assert all(pages.buffer[page * PAGE] == 7 for page in range(64))
-    pages.close()
-
-
-def test_an_image_with_another_name_is_never_written(
+def test_thousands_of_scattered_pages_are_read_in_their_places(
     writer: Writer, image: Path, tmp_path: Path
 ) -> None:
-    writer.write(0, 1)
-    destination = tmp_path / "captured"
-    clone(image, destination)
-    os.link(destination, tmp_path / "somebody-else's")
-    pages = memory.read_dirty_pages(writer.pid, image)
-    with pytest.raises(HostFailure, match="shared memory image"):
-        memory.write_dirty_pages(pages, destination)
-    pages.close()
-    assert destination.read_bytes() == image.read_bytes()
+    writes = tuple((page * PAGE + page % PAGE, page % 251 + 1) for page in range(0, 4096, 2))
+    writer.write(*writes)
+    report = capture(writer, tmp_path / "captured")
+    assert report.written == len(writes) * PAGE
+    assert (tmp_path / "captured").read_bytes() == expected(image, *writes)
+
+
+def test_an_image_with_another_name_is_never_written(image: Path, tmp_path: Path) -> None:
+    os.link(image, tmp_path / "somebody-else's")
+    with pytest.raises(HostFailure, match="shared memory image"), open_private(image):
+        pass
 
 
 def test_a_process_that_is_gone_or_maps_nothing_is_an_error(image: Path) -> None:
     with pytest.raises(HostFailure, match="does not map"):
-        memory.find_mappings(os.getpid(), image)
+        GuestMemory(os.getpid(), image)
     finished = subprocess.Popen([sys.executable, "-S", "-c", ""])
     finished.wait()
     with pytest.raises(HostFailure, match="gone"):
-        memory.find_mappings(finished.pid, image)
+        GuestMemory(finished.pid, image)
+
+
+def test_a_vmm_that_dies_during_the_capture_is_an_error(writer: Writer, tmp_path: Path) -> None:
+    writer.write(*((page * PAGE, 1) for page in range(8)))
+    with pytest.raises(HostFailure):
+        capture(writer, tmp_path / "captured", meanwhile=writer.close)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9))),
+    st.integers(1, 7),
+)
+def test_pieces_hold_the_same_pages(gaps: list[tuple[int, int]], limit: int) -> None:
+    position, pairs = 0, []
+    for gap, length in gaps:
+        pairs.append((position + gap, position + gap + length))
+        position += gap + length
+    runs = Runs.of(pairs)
+    pieces = list(runs.pieces(limit))
+    assert all(0 < piece.total <= limit for piece in pieces)
+    assert Runs.of(pair for piece in pieces for pair in piece) == runs

@@ -71,6 +71,15 @@ def clone(source: Path, destination: Path) -> CloneKind:
         return kind
 
 
+def copy_into(source: Path, destination: Path) -> int:
+    """Copy the data extents of ``source`` into an existing, empty file; bytes copied.
+
+    The source may be written meanwhile. Raises OSError.
+    """
+    with source.open("rb") as reading, destination.open("r+b") as writing:
+        return copy_data(reading.fileno(), writing.fileno())
+
+
 def copy_data(in_fd: int, out_fd: int) -> int:
     """Copy the data extents between two open files, keeping holes; bytes copied. Raises OSError."""
     size = os.fstat(in_fd).st_size
@@ -166,6 +175,15 @@ def fsync_file(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_data(path: Path) -> None:
+    """Flush a file's data to the device (fdatasync(2)). Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fdatasync(fd)
     finally:
         os.close(fd)
 

@@ -1,4 +1,4 @@
-"""Capturing the memory of a running VM: only the pages that differ from the image below it.
+"""The memory of a running VMM, seen from outside: which pages differ, and what is in them.
 
 A VMM maps its guest's memory image privately (MAP_PRIVATE), so a page the guest has written is an
 anonymous page and an untouched one still belongs to the file. The kernel tells which is which:
@@ -6,8 +6,9 @@ anonymous page and an untouched one still belongs to the file. The kernel tells 
 * ``PAGEMAP_SCAN`` (Linux 6.7, Documentation/admin-guide/mm/pagemap.rst) returns ranges at once;
 * ``/proc/PID/pagemap`` works everywhere: bit 63 present, 62 swapped, 61 file-backed.
 
-The pages are copied into an anonymous buffer while the guest stands still (memory speed), and
-from there into the new image after it runs again (disk speed).
+Where writes are tracked (``tracker/tracker.c``), ``PAGEMAP_SCAN`` also tells which pages were
+written since it was last asked, and asks the kernel to watch them again, in one atomic step. So
+memory can be copied while the guest runs, round after round, and nothing is missed.
 """
 
 from __future__ import annotations
@@ -20,28 +21,32 @@ import mmap
 import os
 import re
 import struct
+from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from stillframe.host.files import punch_hole
+from stillframe.host.runs import Runs
 from stillframe.model.errors import HostFailure, MissingComponent
 
 PAGE = mmap.PAGESIZE
-_ZERO_PAGE = bytes(PAGE)
-_BUFFER_RESERVE = 8 << 20
 _MADV_POPULATE_WRITE = 23  # linux/mman.h, Linux 5.14
 _PAGEMAP_SCAN = 0xC0606610  # linux/fs.h: _IOWR('f', 16, struct pm_scan_arg), 96 bytes
-_IS_FILE, _IS_PRESENT, _IS_SWAPPED = 1 << 2, 1 << 3, 1 << 4
+_WP_MATCHING, _CHECK_WPASYNC = 1 << 0, 1 << 1  # PM_SCAN_*: protect what is found; only if tracked
+_IS_WRITTEN, _IS_FILE, _IS_PRESENT, _IS_SWAPPED = 1 << 1, 1 << 2, 1 << 3, 1 << 4
 _SCAN_ARGUMENT = struct.Struct("<12Q")
-_REGION = struct.Struct("<3Q")
+_REGION_WORDS = 3  # struct page_region: start, end, categories
 _REGIONS_PER_CALL = 8192
+# What a kernel that lacks the ioctl, or a flag of it, answers.
+_NOT_OFFERED = (errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP)
 # Top byte of a pagemap entry -> 1 when the page is private to the process (see module docstring).
 _PRIVATE = bytes(int(bool(top & 0xC0) and not top & 0x20) for top in range(256))
 _PRIVATE_RUN = re.compile(rb"\x01+")
 _MAPS_LINE = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)$", re.M
 )
+_VECTORS_PER_CALL = 1024  # UIO_MAXIOV
+_BYTES_PER_CALL = 1 << 30  # a call moves less than 2 GiB (MAX_RW_COUNT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,53 +58,15 @@ class Mapping:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A stretch of image bytes, both in bytes and page-aligned."""
-
-    offset: int
-    length: int
-
-
-@dataclass(slots=True)
-class DirtyPages:
-    """Guest pages copied out of a VMM: ``runs`` lie in ``buffer`` one after another."""
-
-    runs: list[Run] = field(default_factory=list)
-    buffer: mmap.mmap | None = None
-
-    @property
-    def length(self) -> int:
-        """Bytes held."""
-        return sum(run.length for run in self.runs)
-
-    def close(self) -> None:
-        """Give the buffer back to the host."""
-        if self.buffer is not None:
-            self.buffer.close()
-            self.buffer = None
-
-
-@dataclass(frozen=True, slots=True)
-class WriteReport:
-    """What writing dirty pages into an image did, in bytes: data written, zero pages made holes."""
-
-    written: int
-    zeroed: int
-
-
 def find_mappings(pid: int, image: Path) -> list[Mapping]:
     """Where process ``pid`` maps ``image`` privately, found by device and inode in /proc/PID/maps.
 
-    Raises HostFailure when it does not, MissingComponent when we may not look.
+    The kernel may show one mapping in several pieces; they lie at the same distance from the file.
+    Raises HostFailure when there is none, MissingComponent when we may not look.
     """
     status = image.stat()
-    try:
+    with _process_errors(pid):
         maps = Path(f"/proc/{pid}/maps").read_bytes()
-    except PermissionError as error:
-        raise _may_not_read(pid) from error
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise HostFailure(f"the VMM (process {pid}) is gone") from error
     path = os.fsencode(image)
     found: list[Mapping] = []
     for match in _MAPS_LINE.finditer(maps):
@@ -112,56 +79,164 @@ def find_mappings(pid: int, image: Path) -> list[Mapping]:
             found.append(Mapping(int(start, 16), int(end, 16), int(offset, 16)))
     if not found:
         raise HostFailure(f"the VMM (process {pid}) does not map its memory image", pid=pid)
+    if len({mapping.start - mapping.offset for mapping in found}) > 1:
+        raise HostFailure(f"the VMM (process {pid}) maps its memory image twice", pid=pid)
     return found
 
 
-def dirty_runs(pid: int, mappings: list[Mapping]) -> list[Run]:
-    """The image ranges that process ``pid`` has written, merged, in ascending order.
+class GuestMemory:
+    """The memory of the VMM ``pid`` that maps ``image``. A context manager; blocking calls.
 
-    The guest should stand still. Raises HostFailure, MissingComponent.
+    Offsets are those of the image. All methods raise HostFailure when the VMM is gone,
+    MissingComponent when this user may not look at it.
     """
-    try:
-        fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    except PermissionError as error:
-        raise _may_not_read(pid) from error
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise HostFailure(f"the VMM (process {pid}) is gone") from error
-    try:
-        runs = [
-            Run(start - mapping.start + mapping.offset, end - start)
-            for mapping in mappings
-            for start, end in _private_ranges(fd, mapping)
-        ]
-    finally:
-        os.close(fd)
-    return sorted(runs, key=lambda run: run.offset)
+
+    def __init__(self, pid: int, image: Path) -> None:
+        self.pid = pid
+        self._mappings = find_mappings(pid, image)
+        self._shift = self._mappings[0].start - self._mappings[0].offset
+        with _process_errors(pid):
+            self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        self.tracked = self._is_tracked()
+
+    def __enter__(self) -> GuestMemory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop looking."""
+        os.close(self._pagemap)
+
+    def _is_tracked(self) -> bool:
+        """Whether the kernel tracks writes: asked of one page, without protecting any."""
+        start = self._mappings[0].start
+        try:
+            scan_ioctl(self._pagemap, start, start + PAGE, flags=_CHECK_WPASYNC)
+        except OSError as error:
+            if error.errno in (*_NOT_OFFERED, errno.EPERM):  # EPERM: not enabled for this mapping
+                return False
+            raise self._failed(error) from error
+        return True
+
+    def private_pages(self) -> Runs:
+        """Every page that the process has written since it mapped the image."""
+        try:
+            return self._scan()
+        except OSError as error:
+            if error.errno not in _NOT_OFFERED:
+                raise self._failed(error) from error
+        return Runs.of(
+            (start - self._shift, end - self._shift)
+            for mapping in self._mappings
+            for start, end in scan_pagemap(self._pagemap, mapping.start, mapping.end)
+        )
+
+    def written_pages(self) -> Runs:
+        """The pages written since this was last asked; the first time as ``private_pages``.
+
+        Only where ``tracked``. Each page is found once: a write that comes later, even while this
+        looks, is found the next time.
+        """
+        try:
+            return self._scan(flags=_WP_MATCHING | _CHECK_WPASYNC, also=_IS_WRITTEN)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _scan(self, flags: int = 0, also: int = 0) -> Runs:
+        found = Runs()
+        for mapping in self._mappings:
+            low, high = scan_ioctl(
+                self._pagemap, mapping.start, mapping.end, flags=flags, also=also
+            )
+            found.starts.extend(low)
+            found.ends.extend(high)
+        found.starts = array("Q", map((-self._shift).__add__, found.starts))
+        found.ends = array("Q", map((-self._shift).__add__, found.ends))
+        return found
+
+    def read(self, runs: Runs, buffer: mmap.mmap) -> None:
+        """Copy the pages of ``runs`` into ``buffer``, one run after another.
+
+        The pages may be written meanwhile: what is read of them then is of no moment in time.
+        """
+        lengths, addresses = runs.lengths, array("Q", map(self._shift.__add__, runs.starts))
+        remote = array("Q", bytes(16 * len(runs)))
+        remote[0::2], remote[1::2] = addresses, lengths
+        target = ctypes.c_char.from_buffer(buffer)
+        try:
+            self._read_vectors(remote, ctypes.addressof(target), len(runs))
+        except OSError as error:
+            raise self._failed(error) from error
+        finally:
+            del target  # or the buffer could not be closed
+
+    def _read_vectors(self, remote: array[int], target: int, count: int) -> None:
+        """``remote`` is address and length of each run, alternating; process_vm_readv(2)."""
+        base, _ = remote.buffer_info()
+        local = array("Q", [0, 0])
+        local_address, _ = local.buffer_info()
+        first = 0
+        while first < count:
+            last = min(count, first + _VECTORS_PER_CALL)
+            local[0], local[1] = target, _BYTES_PER_CALL
+            done = _LIBC.process_vm_readv(
+                self.pid, local_address, 1, base + 16 * first, last - first, 0
+            )
+            if done < 0:
+                raise OSError(ctypes.get_errno(), "process_vm_readv")
+            if done == 0:
+                raise OSError(errno.EIO, "process_vm_readv")
+            target += done
+            while first < last and done >= remote[2 * first + 1]:
+                done -= remote[2 * first + 1]
+                first += 1
+            if done:  # in the middle of a run
+                remote[2 * first] += done
+                remote[2 * first + 1] -= done
+
+    def _failed(self, error: OSError) -> HostFailure | MissingComponent:
+        return _translated(error, self.pid)
 
 
-def _private_ranges(pagemap: int, mapping: Mapping) -> Iterator[tuple[int, int]]:
-    try:
-        return iter(list(scan_ioctl(pagemap, mapping.start, mapping.end)))
-    except OSError as error:
-        if error.errno not in (errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP):
-            raise HostFailure(f"page scan failed: {os.strerror(error.errno or 0)}") from error
-        return scan_pagemap(pagemap, mapping.start, mapping.end)
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    word, pointer = ctypes.c_ulong, ctypes.c_void_p
+    libc.process_vm_readv.argtypes = [ctypes.c_int, pointer, word, pointer, word, word]
+    libc.process_vm_readv.restype = ctypes.c_ssize_t
+    return libc
 
 
-def scan_ioctl(pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Private address ranges by PAGEMAP_SCAN. Raises OSError (ENOTTY before Linux 6.7)."""
-    vector = ctypes.create_string_buffer(_REGIONS_PER_CALL * _REGION.size)
+_LIBC = _libc()
+
+
+def scan_ioctl(
+    pagemap: int, start: int, end: int, *, flags: int = 0, also: int = 0
+) -> tuple[array[int], array[int]]:
+    """Starts and ends of the private address ranges that have the categories ``also``.
+
+    Raises OSError: ENOTTY before Linux 6.7, EPERM when ``flags`` want tracking and there is none.
+    """
+    vector = array("Q", bytes(8 * _REGION_WORDS * _REGIONS_PER_CALL))
+    address, _ = vector.buffer_info()
+    starts, ends = array("Q"), array("Q")
     position = start
     while position < end:
         argument = bytearray(
             _SCAN_ARGUMENT.pack(
-                _SCAN_ARGUMENT.size, 0, position, end, 0,
-                ctypes.addressof(vector), _REGIONS_PER_CALL, 0,
-                _IS_FILE, _IS_FILE, _IS_PRESENT | _IS_SWAPPED, _IS_FILE,
+                _SCAN_ARGUMENT.size, flags, position, end, 0, address, _REGIONS_PER_CALL, 0,
+                _IS_FILE, _IS_FILE | also, _IS_PRESENT | _IS_SWAPPED, _IS_FILE,
             )
         )  # fmt: skip
         count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, argument)
-        for low, high, _ in _REGION.iter_unpack(vector.raw[: count * _REGION.size]):
-            yield low, high
-        position = _SCAN_ARGUMENT.unpack(argument)[4]  # walk_end
+        words = _REGION_WORDS * count
+        starts.extend(vector[0:words:_REGION_WORDS])
+        ends.extend(vector[1:words:_REGION_WORDS])
+        if count < _REGIONS_PER_CALL:
+            break  # walk_end does not say so: it stays where the kernel's own buffer last filled up
+        position = max(_SCAN_ARGUMENT.unpack(argument)[4], ends[-1])  # walk_end
+    return starts, ends
 
 
 def scan_pagemap(pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -178,135 +253,32 @@ def scan_pagemap(pagemap: int, start: int, end: int) -> Iterator[tuple[int, int]
         position += len(marks) * PAGE
 
 
-def prepare_buffer(pid: int, image: Path) -> mmap.mmap:
-    """Memory for the pages ``pid`` has dirtied so far, already backed by the host.
+def make_buffer(size: int) -> mmap.mmap:
+    """Anonymous memory of at least ``size`` bytes, already backed by the host.
 
-    Meant for the time before the pause: faulting the buffer in costs as much as filling it. The
-    guest runs on meanwhile, so a reserve is added. Raises HostFailure, MissingComponent.
+    Faulting a buffer in costs as much as filling it, so it is made before the pause.
     """
-    expected = sum(run.length for run in dirty_runs(pid, find_mappings(pid, image)))
-    size = expected + expected // 16 + _BUFFER_RESERVE
-    buffer = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # before Linux 5.14 the pause pays for it instead
+    buffer = mmap.mmap(-1, max(size, PAGE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # before Linux 5.14 whoever fills it pays for it
         buffer.madvise(_MADV_POPULATE_WRITE)
     return buffer
 
 
-def read_dirty_pages(pid: int, image: Path, buffer: mmap.mmap | None = None) -> DirtyPages:
-    """Copy every page of ``image`` that process ``pid`` has written into memory.
-
-    Meant for the pause: it does no disk input or output. ``buffer`` (see ``prepare_buffer``) is
-    taken over, and used if it is large enough. Raises HostFailure, MissingComponent.
-    """
-    pages = DirtyPages(buffer=buffer)
+@contextlib.contextmanager
+def _process_errors(pid: int) -> Iterator[None]:
     try:
-        mappings = find_mappings(pid, image)
-        pages.runs = runs = dirty_runs(pid, mappings)
-    except BaseException:
-        pages.close()
-        raise
-    if not runs:
-        pages.close()
-        return pages
-    if pages.buffer is None or len(pages.buffer) < pages.length:
-        pages.close()
-        pages.buffer = mmap.mmap(-1, pages.length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        _read_runs(pid, mappings, runs, pages.buffer)
-    except BaseException:
-        pages.close()
-        raise
-    return pages
-
-
-def _read_runs(pid: int, mappings: list[Mapping], runs: list[Run], buffer: mmap.mmap) -> None:
-    try:
-        fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-    except PermissionError as error:
-        raise _may_not_read(pid) from error
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise HostFailure(f"the VMM (process {pid}) is gone") from error
-    position = 0
-    try:
-        with memoryview(buffer) as view:
-            for run in runs:
-                address = _address(mappings, run.offset)
-                done = 0
-                while done < run.length:
-                    with view[position + done : position + run.length] as part:
-                        count = os.preadv(fd, [part], address + done)
-                    if count == 0:
-                        raise HostFailure(f"the VMM (process {pid}) is gone")
-                    done += count
-                position += run.length
+        yield
     except OSError as error:
-        raise HostFailure(f"reading guest memory failed: {error.strerror}") from error
-    finally:
-        os.close(fd)
+        raise _translated(error, pid) from error
 
 
-def _address(mappings: list[Mapping], offset: int) -> int:
-    for mapping in mappings:
-        if mapping.offset <= offset < mapping.offset + mapping.end - mapping.start:
-            return mapping.start + offset - mapping.offset
-    raise HostFailure("a dirty page lies outside the memory image")
-
-
-def write_dirty_pages(pages: DirtyPages, image: Path) -> WriteReport:
-    """Write captured pages into ``image``, a private clone of the image below.
-
-    A page of zeros becomes a hole, so it costs no space. Does not fsync. Raises OSError.
-    """
-    written = zeroed = 0
-    if pages.buffer is None:
-        return WriteReport(0, 0)
-    fd = os.open(image, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        status = os.fstat(fd)
-        if status.st_nlink > 1:  # somebody else's image: it must never change
-            raise HostFailure("refusing to write into a shared memory image")
-        has_data = status.st_blocks > 0
-        position = 0
-        with memoryview(pages.buffer) as view:
-            for run in pages.runs:
-                for zero, start, end in _split_zeros(view, position, run.length):
-                    offset = run.offset + start - position
-                    if not zero:
-                        with view[start:end] as part:
-                            _write_all(fd, part, offset)
-                        written += end - start
-                    else:
-                        if has_data:
-                            punch_hole(fd, offset, end - start)
-                        zeroed += end - start
-                position += run.length
-    finally:
-        os.close(fd)
-    return WriteReport(written, zeroed)
-
-
-def _split_zeros(view: memoryview, start: int, length: int) -> Iterator[tuple[bool, int, int]]:
-    """Cut a run into stretches of zero pages and of other pages: (is zero, start, end)."""
-    begin, kind = start, None
-    for position in range(start, start + length, PAGE):
-        zero = view[position : position + PAGE] == _ZERO_PAGE
-        if zero is not kind:
-            if kind is not None:
-                yield kind, begin, position
-            begin, kind = position, zero
-    if kind is not None:
-        yield kind, begin, start + length
-
-
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        with data[done:] as rest:
-            done += os.pwrite(fd, rest, offset + done)
-
-
-def _may_not_read(pid: int) -> MissingComponent:
-    return MissingComponent(
-        f"not allowed to read the memory of process {pid}",
-        hint="run the server as the user that owns the VMs, or grant CAP_SYS_PTRACE",
-    )
+def _translated(error: OSError, pid: int) -> HostFailure | MissingComponent:
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return MissingComponent(
+            f"not allowed to read the memory of process {pid}",
+            hint="run the server as the user that owns the VMs, or grant CAP_SYS_PTRACE",
+        )
+    if error.errno in (errno.ENOENT, errno.ESRCH):
+        return HostFailure(f"the VMM (process {pid}) is gone", pid=pid)
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return HostFailure(f"reading the memory of process {pid} failed: {reason}", pid=pid)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import resource
 import shlex
 import signal
@@ -25,6 +26,7 @@ from stillframe.model.values import ProcessIdentity
 
 Argument = str | Path
 _KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL")
+_PRIVATE_MEMORY = re.compile(r"^Private_(?:Clean|Dirty): +(\d+) kB$", re.MULTILINE)
 _KILL_WAIT = 30.0  # seconds until an unkillable process is an error
 
 
@@ -112,6 +114,15 @@ def failure(command: Sequence[str], completed: Completed) -> HostFailure:
         f"{Path(command[0]).name} {how}: {' / '.join(words) or 'no message'}",
         hint=f"the command was: {shlex.join(command)}",
     )
+
+
+def private_memory(pid: int) -> int:
+    """Bytes that only this process holds (smaps_rollup of proc(5)). Raises HostFailure."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError as error:
+        raise HostFailure(f"process {pid} cannot be looked at: {error.strerror}") from error
+    return 1024 * sum(map(int, _PRIVATE_MEMORY.findall(text)))
 
 
 @cache

@@ -106,6 +106,22 @@ class Machine(Protocol):
     async def save_devices(self, destination: Path) -> None:
         """Write device state without RAM, of a paused guest, to a new file. Not fsynced."""
 
+    async def begin_disk_copy(self, index: int, copy: Path) -> bool:
+        """Note from now on what changes on the writable disk ``index``, while the guest runs.
+
+        ``copy`` is an existing file of the disk's size, into which the caller then copies what the
+        disk holds. False where the VMM cannot: then the disk has to be copied during the pause.
+        """
+
+    async def finish_disk_copy(self, index: int) -> None:
+        """Write what has changed since into the copy; the guest stands still. Not fsynced.
+
+        Raises StorageFull too.
+        """
+
+    async def end_disk_copy(self, index: int) -> None:
+        """Stop noting, and close the copy. No error when there is none."""
+
     async def dial_agent(self) -> AgentStream:
         """Open the byte stream to the guest agent's port (one connection at a time)."""
 

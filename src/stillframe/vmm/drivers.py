@@ -9,16 +9,24 @@ from stillframe.vmm.qemu import QemuDriver
 
 
 def make_drivers(
-    qemu_binary: str, accelerator: str, cache_dir: Path, *, fake: bool = False
+    qemu_binary: str,
+    accelerator: str,
+    cache_dir: Path,
+    *,
+    tracker: Path | None = None,
+    fake: bool = False,
 ) -> list[Driver]:
     """All drivers, each of which finds out for itself whether it can work here.
 
-    ``accelerator`` is auto, kvm or tcg; ``cache_dir`` keeps slow findings for the next start.
+    ``accelerator`` is auto, kvm or tcg; ``cache_dir`` keeps slow findings for the next start;
+    ``tracker`` is the library that has writes to guest memory tracked.
     The fake hypervisor runs no guest kernel and is only there when asked for by name.
     """
-    drivers: list[Driver] = [QemuDriver(qemu_binary, accelerator=accelerator, cache_dir=cache_dir)]
+    drivers: list[Driver] = [
+        QemuDriver(qemu_binary, accelerator=accelerator, cache_dir=cache_dir, tracker=tracker)
+    ]
     if fake:
         from stillframe.vmm.fake import FakeDriver
 
-        drivers.append(FakeDriver())
+        drivers.append(FakeDriver(tracker=tracker))
     return drivers

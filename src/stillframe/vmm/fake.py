@@ -26,6 +26,7 @@ from stillframe.vmm.driver import (
     MachineSpec,
     MachineStatus,
 )
+from stillframe.vmm.tracking import tracking_environment
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 _DEADLINE = 30.0  # seconds for an answer; a busy host may take a while to start an interpreter
@@ -110,6 +111,16 @@ class FakeMachine:
         """Write the spec as device state, of a paused guest, to a new file."""
         await self._ask("save", path=str(destination))
 
+    async def begin_disk_copy(self, index: int, copy: Path) -> bool:
+        """Its disks are small: they are copied during the pause."""
+        return False
+
+    async def finish_disk_copy(self, index: int) -> None:
+        """Never begun."""
+
+    async def end_disk_copy(self, index: int) -> None:
+        """Never begun."""
+
     async def dial_agent(self) -> AgentStream:
         """Connect to the agent's socket."""
         return await connect_unix(self._directory / "agent.sock")
@@ -155,6 +166,10 @@ class FakeDriver:
 
     hypervisor = Hypervisor.FAKE
 
+    def __init__(self, tracker: Path | None = None) -> None:
+        """``tracker`` is the library that has writes to guest memory tracked, if there is one."""
+        self._tracker = tracker
+
     async def probe(self) -> DriverProbe:
         """It works wherever this interpreter does."""
         return DriverProbe(self.hypervisor, True, _VERSION, "none", _FEATURES)
@@ -166,7 +181,7 @@ class FakeDriver:
         """
         async with contextlib.AsyncExitStack() as undo:
             undo.callback(_remove_sockets, resources.directory)
-            process = await asyncio.to_thread(_spawn, spec, resources)
+            process = await asyncio.to_thread(_spawn, spec, resources, self._tracker)
             machine = FakeMachine(process, resources.directory)
             undo.push_async_callback(machine.kill)
             try:
@@ -187,7 +202,7 @@ class FakeDriver:
         return machine
 
 
-def _spawn(spec: MachineSpec, resources: MachineResources) -> Process:
+def _spawn(spec: MachineSpec, resources: MachineResources, tracker: Path | None) -> Process:
     devices = resources.device_state
     with _listening(resources.directory) as (control_fd, agent_fd):
         arguments = {
@@ -204,7 +219,10 @@ def _spawn(spec: MachineSpec, resources: MachineResources) -> Process:
         command = [sys.executable, "-S", "-m", "stillframe.vmm.fake_guest", json.dumps(arguments)]
         return spawn(
             command, output=resources.vmm_log, pass_fds=(control_fd, agent_fd),
-            extra_environment={"PYTHONPATH": str(_PACKAGE_ROOT)},
+            extra_environment={
+                "PYTHONPATH": str(_PACKAGE_ROOT),
+                **tracking_environment(tracker, resources.memory_image),
+            },
         )  # fmt: skip
 
 

@@ -29,7 +29,9 @@ from stillframe.vmm.driver import (
     MachineStatus,
 )
 from stillframe.vmm.qemu_command import QemuBuild, command_line
+from stillframe.vmm.qemu_copies import DiskCopies
 from stillframe.vmm.qmp import Event, QmpConnection
+from stillframe.vmm.tracking import tracking_environment
 
 _MINIMUM = (6, 2, 0)
 _LOAD_DEADLINE = 60.0  # seconds
@@ -75,6 +77,7 @@ class QemuMachine:
         self._process = process
         self._sockets = sockets
         self._qmp = QmpConnection(f"pid {process.identity.pid}", self._on_event)
+        self._copies = DiskCopies(self._qmp)
         self._loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def open(self) -> None:
@@ -85,12 +88,18 @@ class QemuMachine:
         match event["event"]:
             case "SHUTDOWN":
                 self.shutdown_reason = event["data"]["reason"]
+            case "BLOCK_JOB_COMPLETED":
+                self._copies.completed(event["data"])
             case "MIGRATION" if not self._loaded.done():
                 status = event["data"]["status"]
                 if status == "completed":
                     self._loaded.set_result(None)
                 elif status == "failed":
                     self._loaded.set_exception(VmmFailure("QEMU could not load the device state"))
+
+    async def forget_copies(self) -> None:
+        """Drop disk copies that an earlier server began: they hold files that are gone."""
+        await self._copies.forget_all()
 
     async def load(self, device_state: Path, *, by_path: bool) -> None:
         """Load devices into a QEMU that waits for them. Raises VmmFailure, HostFailure."""
@@ -146,6 +155,19 @@ class QemuMachine:
         """Write device state of a paused guest; ``live=false`` leaves its disks active."""
         await self._qmp.execute("xen-save-devices-state", filename=str(destination), live=False)
 
+    async def begin_disk_copy(self, index: int, copy: Path) -> bool:
+        """Add a dirty bitmap to the disk, and the copy as a block node (QMP blockdev-add)."""
+        await self._copies.begin(index, copy)
+        return True
+
+    async def finish_disk_copy(self, index: int) -> None:
+        """Copy what the bitmap names, to the end (QMP blockdev-backup, sync=bitmap)."""
+        await self._copies.finish(index)
+
+    async def end_disk_copy(self, index: int) -> None:
+        """Remove bitmap and node."""
+        await self._copies.end(index)
+
     async def dial_agent(self) -> AgentStream:
         """Connect to the guest agent's port."""
         return await connect_unix(self._sockets.agent)
@@ -180,8 +202,13 @@ class QemuDriver:
         binary: str = "qemu-system-x86_64",
         accelerator: str = "auto",
         cache_dir: Path | None = None,
+        tracker: Path | None = None,
     ) -> None:
-        """``accelerator``: auto, kvm or tcg; ``cache_dir`` remembers what a probe found."""
+        """``accelerator``: auto, kvm or tcg; ``cache_dir`` remembers what a probe found.
+
+        ``tracker`` is the library that has writes to guest memory tracked, if there is one.
+        """
+        self._tracker = tracker
         self._binary = binary
         self._accelerator = accelerator
         self._cache_dir = cache_dir
@@ -250,7 +277,9 @@ class QemuDriver:
         sockets = _Sockets(resources.directory)
         async with contextlib.AsyncExitStack() as undo:
             undo.callback(sockets.remove)
-            process = await asyncio.to_thread(_spawn, build, spec, resources, sockets)
+            process = await asyncio.to_thread(
+                _spawn, build, spec, resources, sockets, self._tracker
+            )
             machine = QemuMachine(process, sockets)
             undo.push_async_callback(machine.kill)
             try:
@@ -268,6 +297,7 @@ class QemuDriver:
         machine = QemuMachine(adopt(process), _Sockets(resources.directory))
         try:
             await machine.open()
+            await machine.forget_copies()
         except BaseException:
             await machine.close()
             raise
@@ -281,12 +311,19 @@ class QemuDriver:
 
 
 def _spawn(
-    build: QemuBuild, spec: MachineSpec, resources: MachineResources, sockets: _Sockets
+    build: QemuBuild,
+    spec: MachineSpec,
+    resources: MachineResources,
+    sockets: _Sockets,
+    tracker: Path | None,
 ) -> Process:
     """Bind first, pass the descriptors: nobody ever waits for a socket to appear."""
     with _listening(sockets) as (monitor_fd, agent_fd):
         arguments = command_line(build, spec, resources, monitor_fd=monitor_fd, agent_fd=agent_fd)
-        return spawn(arguments, output=resources.vmm_log, pass_fds=(monitor_fd, agent_fd))
+        return spawn(
+            arguments, output=resources.vmm_log, pass_fds=(monitor_fd, agent_fd),
+            extra_environment=tracking_environment(tracker, resources.memory_image),
+        )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -57,7 +57,9 @@ class QmpConnection:
             async with asyncio.timeout(_COMMAND_DEADLINE):
                 return await self._client.execute(command, arguments or None)
         except ExecuteError as error:
-            raise VmmFailure(f"QEMU refused {command}: {error}", command=command) from error
+            raise VmmFailure(
+                f"QEMU refused {command}: {error}", command=command, refused=True
+            ) from error
         except TimeoutError as error:
             raise VmmFailure(
                 f"QEMU did not answer {command} within {_COMMAND_DEADLINE:.0f} s", command=command

@@ -1,0 +1,115 @@
+"""Copying a guest's memory into an image with the shortest possible pause.
+
+Three steps: ``ahead`` while the guest runs, ``still`` while it stands still, ``after`` when it runs
+again. Where writes are tracked, ``ahead`` copies everything and then, round after round, what was
+written meanwhile, so that ``still`` has only the last round's writes to read. Elsewhere ``still``
+reads all private pages at memory speed, into a buffer made ready ahead, and ``after`` writes them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from dataclasses import dataclass
+
+from stillframe.host.image import WriteReport, copy_pages, write_pages
+from stillframe.host.memory import GuestMemory, make_buffer
+from stillframe.host.runs import Runs
+
+_RESERVE = 8 << 20  # bytes of buffer for writes that nobody foresaw
+_SMALL = 4 << 20  # bytes that are read in about a millisecond: no further round is worth it
+_ROUNDS = 6
+# A round that has to copy more than this share of the last one does not gain on the guest.
+_GAIN = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round of copying ahead: bytes copied, and the seconds that took."""
+
+    length: int
+    seconds: float
+
+
+class MemoryCapture:
+    """One capture of ``memory`` into the image open as ``fd``. Blocking; used from one thread.
+
+    The image holds the guest's memory as it was when its writes were last asked for
+    (``incremental``), or before the VMM first wrote to it. ``buffer_limit`` (bytes) bounds the
+    host memory used: what does not fit is copied to the image during the pause.
+    All methods raise OSError, HostFailure, MissingComponent.
+    """
+
+    def __init__(
+        self, memory: GuestMemory, fd: int, *, incremental: bool, buffer_limit: int
+    ) -> None:
+        self.rounds: list[Round] = []
+        self._memory, self._fd = memory, fd
+        self._incremental, self._limit = incremental, buffer_limit
+        self._compare = incremental and not memory.tracked
+        self._report = WriteReport()
+        self._runs = Runs()
+        self._buffer: mmap.mmap | None = None
+
+    def ahead(self) -> None:
+        """While the guest runs: copy what can be copied, and make the buffer ready."""
+        expected = self._copy_rounds() if self._memory.tracked else self._expect_all()
+        self._buffer = make_buffer(min(expected + expected // 4 + _RESERVE, self._limit))
+
+    def _copy_rounds(self) -> int:
+        """Copy until a round is small or does not gain; the bytes of the last one."""
+        runs = self._memory.written_pages()  # from here on every write is noticed
+        if not self._incremental:
+            runs = self._memory.private_pages()
+        while True:
+            self._copy(runs)
+            last = runs.total
+            gains = len(self.rounds) < 2 or last <= _GAIN * self.rounds[-2].length
+            if last <= _SMALL or not gains or len(self.rounds) == _ROUNDS:
+                return last
+            runs = self._memory.written_pages()
+
+    def _copy(self, runs: Runs) -> None:
+        began = time.perf_counter()
+        self._report += copy_pages(self._memory, runs, self._fd, compare=self._compare)
+        self.rounds.append(Round(runs.total, time.perf_counter() - began))
+
+    def _expect_all(self) -> int:
+        """The bytes the pause will have to read; copies ahead what would not fit the buffer."""
+        runs = self._memory.private_pages()
+        if runs.total + _RESERVE > self._limit:
+            self._copy(runs)
+            self._compare = True  # most of it will be found as it was copied
+        return runs.total
+
+    def still(self) -> int:
+        """While the guest stands still: take what is left; its bytes. No disk is touched.
+
+        Unless there is more than ``buffer_limit``: that is copied to the image.
+        """
+        tracked = self._memory.tracked
+        runs = self._memory.written_pages() if tracked else self._memory.private_pages()
+        total = runs.total
+        if total > self._limit:
+            self._report += copy_pages(self._memory, runs, self._fd, compare=self._compare)
+            return total
+        if self._buffer is None or len(self._buffer) < total:
+            self.close()
+            self._buffer = make_buffer(total)
+        self._memory.read(runs, self._buffer)
+        self._runs = runs
+        return total
+
+    def after(self) -> WriteReport:
+        """When the guest runs again: write what was taken; what the whole capture wrote."""
+        if self._buffer is not None:
+            self._report += write_pages(self._fd, self._runs, self._buffer, compare=self._compare)
+            self._runs = Runs()
+        self.close()
+        return self._report
+
+    def close(self) -> None:
+        """Give the buffer back to the host."""
+        if self._buffer is not None:
+            self._buffer.close()
+            self._buffer = None
