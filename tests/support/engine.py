@@ -16,6 +16,8 @@ from stillframe.model.units import MIB
 from stillframe.model.values import Hypervisor, Instance
 from stillframe.vmm.fake import FakeDriver
 
+TRACKER = Path(__file__).resolve().parents[2] / "tracker/build/libstillframe-tracker.so"
+
 
 def make_engine(data_dir: Path) -> Engine:
     """An engine that is not open yet."""
@@ -24,13 +26,13 @@ def make_engine(data_dir: Path) -> Engine:
         default_hypervisor=Hypervisor.FAKE, default_memory_bytes=64 * MIB,
         default_overlay_bytes=32 * MIB, default_vcpus=1,
     )  # fmt: skip
-    return Engine(settings, [FakeDriver()])
+    return Engine(settings, [FakeDriver(tracker=TRACKER)])
 
 
 @contextlib.asynccontextmanager
-async def open_engine(data_dir: Path) -> AsyncIterator[Engine]:
+async def open_engine(data_dir: Path, engine: Engine | None = None) -> AsyncIterator[Engine]:
     """An open engine, closed afterwards; every VM it started is ended."""
-    engine = make_engine(data_dir)
+    engine = engine or make_engine(data_dir)
     try:
         await engine.open()
         yield engine

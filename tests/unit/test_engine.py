@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from stillframe.engine import capture as capturing
-from stillframe.engine import machines, standby
+from stillframe.engine import loaded, machines
 from stillframe.engine.engine import Engine
-from stillframe.engine.interface import CreateRequest
-from stillframe.host.memory import read_dirty_pages
+from stillframe.engine.interface import CreateRequest, ExecRequest, ForkRequest
+from stillframe.host.capture import MemoryCapture
 from stillframe.host.orphans import kill_orphans
 from stillframe.model.errors import (
     Conflict,
@@ -67,13 +67,14 @@ async def test_memory_goes_on_in_a_fork_and_parts_from_the_source(engine: Engine
     source = await running(engine)
     await ask(engine, source.id, "set", "who", "source")
     snapshot = await engine.snapshot(source.id, kind=LIVE)
-    fork = await engine.fork_snapshot(snapshot.id, name="fork")
+    fork = await engine.fork_snapshot(snapshot.id, ForkRequest("fork"))
     assert await ask(engine, fork.id, "get", "who") == "source"
     await ask(engine, fork.id, "set", "who", "fork")
     assert await ask(engine, source.id, "get", "who") == "source"
     assert fork.parent_snapshot_id == snapshot.id
     assert snapshot.pause_ms is not None
-    assert set(fork.timings_ms) >= {"load", "resume", "identify", "total"}
+    assert set(fork.timings_ms) >= {"load", "resume", "total"}
+    assert "identify" in engine.find_instance(fork.id).timings_ms
 
 
 async def test_the_image_a_fork_maps_never_changes(engine: Engine, tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ async def test_the_image_a_fork_maps_never_changes(engine: Engine, tmp_path: Pat
     snapshot = await engine.snapshot(source.id, kind=LIVE)
     image = tmp_path / "snapshots" / snapshot.id / "memory"
     before = hashlib.sha256(image.read_bytes()).hexdigest()
-    fork = await engine.fork_snapshot(snapshot.id, name="fork")
+    fork = await engine.fork_snapshot(snapshot.id, ForkRequest("fork"))
     await ask(engine, fork.id, "set", "key", "value")
     await engine.snapshot(fork.id, kind=LIVE)
     await engine.standby(fork.id)
@@ -92,14 +93,14 @@ async def test_deleting_source_and_snapshot_takes_nothing_from_a_fork(engine: En
     source = await running(engine)
     await ask(engine, source.id, "set", "key", "kept")
     snapshot = await engine.snapshot(source.id, kind=LIVE)
-    fork = await engine.fork_snapshot(snapshot.id, name="fork")
+    fork = await engine.fork_snapshot(snapshot.id, ForkRequest("fork"))
     await engine.delete(source.id)
     await engine.delete_snapshot(snapshot.id)
     await engine.standby(fork.id)
     await engine.restore(fork.id)
     assert await ask(engine, fork.id, "get", "key") == "kept"
     again = await engine.snapshot(fork.id, kind=LIVE)
-    child = await engine.fork_snapshot(again.id, name="child")
+    child = await engine.fork_snapshot(again.id, ForkRequest("child"))
     assert await ask(engine, child.id, "get", "key") == "kept"
 
 
@@ -120,7 +121,7 @@ async def test_sixteen_forks_at_once_all_run(engine: Engine) -> None:
     await ask(engine, source.id, "set", "key", "value")
     snapshot = await engine.snapshot(source.id, kind=LIVE)
     forks = await asyncio.gather(
-        *(engine.fork_snapshot(snapshot.id, name=f"fork-{n}") for n in range(16))
+        *(engine.fork_snapshot(snapshot.id, ForkRequest(f"fork-{n}")) for n in range(16))
     )
     values = await asyncio.gather(*(ask(engine, fork.id, "get", "key") for fork in forks))
     assert set(values) == {"value"}
@@ -133,7 +134,7 @@ async def test_a_snapshot_deleted_while_it_is_forked_is_one_or_the_other(engine:
     for turn in range(10):
         snapshot = await engine.snapshot(source.id, kind=LIVE)
         forked, deleted = await asyncio.gather(
-            engine.fork_snapshot(snapshot.id, name=f"fork-{turn}"),
+            engine.fork_snapshot(snapshot.id, ForkRequest(f"fork-{turn}")),
             engine.delete_snapshot(snapshot.id),
             return_exceptions=True,
         )
@@ -154,7 +155,7 @@ async def test_names_are_refused_with_the_contract_s_codes(engine: Engine) -> No
     assert caught.value.code == "conflict"
     snapshot = await engine.snapshot(source.id, kind=LIVE)
     with pytest.raises(Conflict) as caught:
-        await engine.fork_snapshot(snapshot.id, name="source")
+        await engine.fork_snapshot(snapshot.id, ForkRequest("source"))
     assert caught.value.code == "conflict"
     with pytest.raises(NameConflict):
         await engine.fork(source.id, name="source", from_running=True)
@@ -167,7 +168,7 @@ async def test_a_failed_create_leaves_nothing(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     if where == "make_overlay_disk":
-        monkeypatch.setattr("stillframe.engine.create.make_overlay_disk", full_disk)
+        monkeypatch.setattr("stillframe.engine.verbs.create.make_overlay_disk", full_disk)
     elif where == "write_config_disk":
         monkeypatch.setattr(machines, "write_config_disk", full_disk)
     else:
@@ -181,12 +182,12 @@ async def test_a_failed_create_leaves_nothing(
     assert (await running(engine, "name")).state is InstanceState.RUNNING
 
 
-@pytest.mark.parametrize("where", ["clone", "write_dirty_pages", "seal"])
+@pytest.mark.parametrize("where", ["clone", "after", "seal"])
 async def test_a_full_disk_during_a_snapshot_leaves_the_source_running_and_nothing_else(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     source = await running(engine)
-    monkeypatch.setattr(capturing, where, full_disk)
+    monkeypatch.setattr(MemoryCapture if where == "after" else capturing, where, full_disk)
     with pytest.raises(StorageFull):
         await engine.snapshot(source.id, kind=LIVE, name="wanted")
     monkeypatch.undo()
@@ -198,13 +199,13 @@ async def test_a_full_disk_during_a_snapshot_leaves_the_source_running_and_nothi
     assert snapshot.name == "wanted"
 
 
-@pytest.mark.parametrize("where", ["write_dirty_pages", "seal"])
+@pytest.mark.parametrize("where", ["after", "seal"])
 async def test_a_failed_standby_leaves_the_guest_running(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     source = await running(engine)
     await ask(engine, source.id, "set", "key", "value")
-    monkeypatch.setattr(capturing, where, full_disk)
+    monkeypatch.setattr(MemoryCapture if where == "after" else capturing, where, full_disk)
     with pytest.raises(StorageFull):
         await engine.standby(source.id)
     monkeypatch.undo()
@@ -219,14 +220,15 @@ async def test_a_fork_that_cannot_be_loaded_leaves_nothing(
     source = await running(engine)
     snapshot = await engine.snapshot(source.id, kind=LIVE)
     before = traces(tmp_path)
-    for name, failure in (("load", refused), ("identify_guest", silent)):
-        monkeypatch.setattr(standby, name, failure)
-        with pytest.raises(StillframeError):
-            await engine.fork_snapshot(snapshot.id, name="fork")
-        monkeypatch.undo()
-        assert sorted(traces(tmp_path)) == sorted(before)
-        assert [i.name for i in engine.list_instances()] == ["source"]
-    assert (await engine.fork_snapshot(snapshot.id, name="fork")).state is InstanceState.RUNNING
+    monkeypatch.setattr(loaded, "load", refused)
+    with pytest.raises(VmmFailure):
+        await engine.fork_snapshot(snapshot.id, ForkRequest("fork"))
+    monkeypatch.undo()
+    assert sorted(traces(tmp_path)) == sorted(before)
+    assert [i.name for i in engine.list_instances()] == ["source"]
+    assert (
+        await engine.fork_snapshot(snapshot.id, ForkRequest("fork"))
+    ).state is InstanceState.RUNNING
 
 
 async def test_a_cancelled_snapshot_lets_the_guest_go_on(engine: Engine, tmp_path: Path) -> None:
@@ -248,14 +250,14 @@ async def test_a_standby_cancelled_during_the_pause_lets_the_guest_go_on(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = await running(engine)
-    reading = read_dirty_pages
+    reading = MemoryCapture.still
     loop = asyncio.get_running_loop()
 
     def cancel_meanwhile(*arguments: Any) -> Any:
         loop.call_soon_threadsafe(task.cancel)
         return reading(*arguments)
 
-    monkeypatch.setattr(capturing, "read_dirty_pages", cancel_meanwhile)
+    monkeypatch.setattr(MemoryCapture, "still", cancel_meanwhile)
     task = asyncio.create_task(engine.standby(source.id))
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -275,9 +277,24 @@ async def test_damaged_device_state_is_refused_and_the_snapshot_kept(
     data[len(data) // 2] ^= 1
     devices.write_bytes(data)
     with pytest.raises(DamagedData):
-        await engine.fork_snapshot(snapshot.id, name="fork")
+        await engine.fork_snapshot(snapshot.id, ForkRequest("fork"))
     assert [s.id for s in engine.list_snapshots()] == [snapshot.id]
     assert [i.name for i in engine.list_instances()] == ["source"]
+
+
+async def test_a_fork_without_an_identity_of_its_own_is_ended(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = await running(engine)
+    snapshot = await engine.snapshot(source.id, kind=LIVE)
+    monkeypatch.setattr(loaded, "identify_guest", silent)
+    fork = await engine.fork_snapshot(snapshot.id, ForkRequest("fork"))
+    with pytest.raises(StillframeError):  # nobody talks to it before it is itself
+        await engine.exec(fork.id, ExecRequest(("true",)))
+    result = await engine.wait(fork.id, state=InstanceState.STOPPED, timeout=timedelta(seconds=30))
+    assert result.state is InstanceState.STOPPED
+    assert "identity" in (result.state_error or "")
+    assert fork.id not in engine.context.live
 
 
 async def test_a_failed_restore_in_place_puts_the_old_state_back(
@@ -288,7 +305,7 @@ async def test_a_failed_restore_in_place_puts_the_old_state_back(
     snapshot = await engine.snapshot(source.id, kind=LIVE)
     await ask(engine, source.id, "set", "key", "new")
     await engine.standby(source.id)
-    monkeypatch.setattr(standby, "load", refused)
+    monkeypatch.setattr(loaded, "load", refused)
     with pytest.raises(VmmFailure):
         await engine.restore_snapshot(source.id, snapshot.id)
     monkeypatch.undo()
@@ -304,16 +321,16 @@ async def test_a_fork_reaches_every_allowed_state(engine: Engine) -> None:
     source = await running(engine)
     await ask(engine, source.id, "set", "key", "value")
     live = await engine.snapshot(source.id, kind=LIVE)
-    asleep = await engine.fork_snapshot(live.id, name="a", target_state=InstanceState.STANDBY)
-    stopped = await engine.fork_snapshot(live.id, name="b", target_state=InstanceState.STOPPED)
+    asleep = await engine.fork_snapshot(live.id, ForkRequest("a", InstanceState.STANDBY))
+    stopped = await engine.fork_snapshot(live.id, ForkRequest("b", InstanceState.STOPPED))
     assert (asleep.state, stopped.state) == (InstanceState.STANDBY, InstanceState.STOPPED)
     await engine.restore(asleep.id)
     assert await ask(engine, asleep.id, "get", "key") == "value"
     await engine.stop(source.id)
     disk = await engine.snapshot(source.id, kind=DISK)
     with pytest.raises(InvalidRequest):
-        await engine.fork_snapshot(disk.id, name="c", target_state=InstanceState.STANDBY)
-    assert (await engine.fork_snapshot(disk.id, name="c")).state is InstanceState.STOPPED
+        await engine.fork_snapshot(disk.id, ForkRequest("c", InstanceState.STANDBY))
+    assert (await engine.fork_snapshot(disk.id, ForkRequest("c"))).state is InstanceState.STOPPED
 
 
 async def test_a_new_engine_adopts_what_runs_and_ends_what_it_does_not_know(
@@ -353,11 +370,11 @@ async def test_a_crash_during_a_snapshot_is_undone_and_the_source_runs(
         raise CrashError
 
     # A dead server cleans nothing up.
-    monkeypatch.setattr("stillframe.engine.snapshot.remove_tree", lambda _: None)
+    monkeypatch.setattr("stillframe.engine.verbs.snapshot.remove_tree", lambda _: None)
     monkeypatch.setattr(records, "fulfil", lambda _: None)
     targets: dict[str, Any] = {"seal": capturing, "put_snapshot": records}
     if step == "publish":
-        monkeypatch.setattr("stillframe.engine.snapshot.publish", crash)
+        monkeypatch.setattr("stillframe.engine.verbs.snapshot.publish", crash)
     else:
         monkeypatch.setattr(targets[step], step, crash)
     with pytest.raises(CrashError):
@@ -411,7 +428,7 @@ async def test_a_vmm_that_dies_during_a_snapshot_fails_it_and_is_recorded(
         os.kill(pid, 9)
         raise VmmFailure("gone")
 
-    monkeypatch.setattr(capturing, "read_dirty_pages", die)
+    monkeypatch.setattr(MemoryCapture, "still", die)
     with pytest.raises(VmmFailure):
         await engine.snapshot(source.id, kind=LIVE)
     monkeypatch.undo()

@@ -211,7 +211,10 @@ async def _main(
 
     cache_dir = settings.data_dir / "cache"
     fake = settings.default_hypervisor is Hypervisor.FAKE
-    drivers = make_drivers(settings.qemu_binary, settings.accelerator, cache_dir, fake=fake)
+    drivers = make_drivers(
+        settings.qemu_binary, settings.accelerator, cache_dir,
+        tracker=settings.tracker_library, fake=fake,
+    )  # fmt: skip
     engine: EngineInterface = Engine(settings, drivers)
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     server: _Server | None = None

@@ -18,6 +18,7 @@ from stillframe.api.schemas.snapshots import (
     SnapshotForkBody,
     SnapshotRestoreBody,
 )
+from stillframe.engine.interface import ForkRequest
 from stillframe.model.errors import InvalidRequest, InvalidState, NameConflict, StillframeError
 from stillframe.model.states import InstanceState
 from stillframe.model.units import check_name, check_tags
@@ -133,8 +134,10 @@ async def fork_snapshot(engine: Engine, snapshot_id: str, body: SnapshotForkBody
     with contract_codes(_CONFLICTS):
         fork = await engine.fork_snapshot(
             snapshot.id,
-            name=body.name,
-            target_state=InstanceState(body.target_state) if body.target_state else None,
-            target_hypervisor=body.target_hypervisor,
+            ForkRequest(
+                body.name,
+                target_state=InstanceState(body.target_state) if body.target_state else None,
+                target_hypervisor=body.target_hypervisor,
+            ),
         )
     return InstanceAnswer.of(fork).response(201)

@@ -72,6 +72,7 @@ def _run_server(settings: Settings) -> None:
             data_dir=settings.data_dir,
             kernel_dir=settings.kernel_dir,
             agent_binary=settings.agent_binary,
+            tracker_library=settings.tracker_library,
             default_hypervisor=settings.default_hypervisor,
             qemu_binary=settings.qemu_binary,
             accelerator=settings.accelerator,

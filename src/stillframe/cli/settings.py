@@ -19,6 +19,7 @@ from stillframe.model.units import GIB, parse_size
 from stillframe.model.values import Hypervisor
 
 DEFAULT_LISTEN = "127.0.0.1:4973"
+_TRACKER = "libstillframe-tracker.so"
 _SOURCE_TREE = Path(__file__).resolve().parents[3]
 
 
@@ -26,13 +27,14 @@ _SOURCE_TREE = Path(__file__).resolve().parents[3]
 class Settings:
     """All settings, checked. Sizes are bytes.
 
-    ``kernel_dir`` and ``agent_binary`` are where they were found, or where they are looked for
-    first when they are nowhere.
+    ``kernel_dir``, ``agent_binary`` and ``tracker_library`` are where they were found, or where
+    they are looked for first when they are nowhere.
     """
 
     data_dir: Path
     kernel_dir: Path
     agent_binary: Path
+    tracker_library: Path
     listen: str = DEFAULT_LISTEN
     default_hypervisor: Hypervisor = Hypervisor.QEMU
     qemu_binary: str = "qemu-system-x86_64"
@@ -94,6 +96,7 @@ KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "accelerator": ("accelerator", _one_of("auto", "kvm", "tcg")),
     "kernel_dir": ("kernel_dir", _path),
     "agent_binary": ("agent_binary", _path),
+    "tracker_library": ("tracker_library", _path),
     "log_format": ("log_format", _one_of("plain", "json")),
     "log_level": ("log_level", _one_of("debug", "info", "warning", "error")),
     "max_concurrent_starts": ("max_concurrent_starts", _count),
@@ -122,6 +125,7 @@ def load_settings(
         "data_dir": default_data_dir(environment),
         "kernel_dir": _find("kernel", ".cache/kernel", environment),
         "agent_binary": _find("stillframe-init", "agent/build/stillframe-init", environment),
+        "tracker_library": _find(_TRACKER, f"tracker/build/{_TRACKER}", environment),
     }
     for source, values in _sources(config, flags or {}, environment):
         for key, value in values.items():

@@ -1,40 +1,47 @@
 """Capturing a running VM: the heart of snapshot, standby and live fork.
 
 1. clone the image below (reflink, or its data) beside: it never changes, so the guest runs on;
-2. back a buffer with host memory, enough for the pages that are dirty by now;
-3. pause; device state; dirty pages into the buffer; the disk; resume - nothing else;
-4. write the pages into the clone, zero pages as holes; make all durable.
+2. copy ahead what can be copied while the guest runs: memory (``host/capture.py``), and the disk
+   where the file system cannot share its blocks;
+3. pause; device state; the pages and disk blocks that are left; resume - nothing else;
+4. write the buffer into the clone, zero pages as holes; make all durable.
+
+The image below is the one of the last capture of this VMM, if there is one still, so that a second
+snapshot stores what changed since the first; else the one that the VMM maps.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
-from mmap import mmap
-from typing import Any
+from typing import Any, TypeVar
 
 from stillframe.engine.context import Context, LiveInstance, Phases, finish
-from stillframe.host.files import clone, storage_errors
-from stillframe.host.memory import (
-    DirtyPages,
-    prepare_buffer,
-    read_dirty_pages,
-    write_dirty_pages,
-)
+from stillframe.host.capture import MemoryCapture
+from stillframe.host.files import clone, copy_into, create_sparse, fsync_data, storage_errors
+from stillframe.host.image import WriteReport, open_private
+from stillframe.host.memory import GuestMemory
+from stillframe.model.errors import VmmFailure
 from stillframe.model.values import Instance
 from stillframe.store.paths import InstancePaths, Payload
 from stillframe.store.payloads import PayloadSize, seal
-from stillframe.vmm.driver import Machine
+
+OVERLAY = 1  # the writable disk's place among a VM's disks
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A sealed payload: its size, how long the guest stood still (ms), pages written (bytes)."""
+    """A sealed payload: its size, how long the guest stood still (ms), what was written."""
 
     size: PayloadSize
     pause_ms: float
-    dirty_bytes: int
+    report: WriteReport
 
 
 async def capture(
@@ -52,69 +59,155 @@ async def capture(
     went well, and its own disk is part of the capture. The payload is durable on return.
     Raises VmmFailure, StorageFull, HostFailure; the caller removes the payload then.
     """
-    paths = context.data.instance(instance.id)
-    pid = live.machine.process.pid
-    with storage_errors("capture guest memory"):
-        with phases.measure("clone_memory"):
-            await asyncio.to_thread(clone, paths.memory, payload.memory)
-        with phases.measure("prepare"):
-            buffer = await asyncio.to_thread(prepare_buffer, pid, paths.memory)
-        still = _Still(live.machine, paths, payload, phases, buffer, stay_paused)
+    # A thread of its own: the pause must not wait for one of the shared threads.
+    with ThreadPoolExecutor(1, "capture") as thread, storage_errors("capture guest memory"):
+        one = _Capture(
+            context, instance, live, payload,
+            phases=phases, stay_paused=stay_paused, thread=thread,
+        )  # fmt: skip
         try:
-            pages, pause_ms = await finish(still.run())
-        except asyncio.CancelledError:
-            if stay_paused:  # nobody will take it from here: the guest must not stand still
-                await finish(live.machine.resume())
-            raise
-        try:
-            with phases.measure("write_memory"):
-                report = await asyncio.to_thread(write_dirty_pages, pages, payload.memory)
-            with phases.measure("durable"):
-                size = await asyncio.to_thread(seal, payload, manifest_facts(instance))
-        except BaseException:
-            if stay_paused:
-                await finish(live.machine.resume())
-            raise
+            with phases.measure("disk_ahead"):
+                await one.disk_ahead()
+            with phases.measure("memory_ahead"):
+                await one.in_thread(one.memory_ahead)
+            pause_ms = await one.pause()
+            try:
+                with phases.measure("write_memory"):
+                    report = await one.in_thread(one.after)
+                with phases.measure("durable"):
+                    size = await one.in_thread(lambda: seal(payload, manifest_facts(instance)))
+            except BaseException:
+                if stay_paused:  # nobody will take it from here: the guest must not stand still
+                    await finish(live.machine.resume())
+                raise
         finally:
-            pages.close()
-    return Captured(size, pause_ms, report.written)
+            await finish(one.close())
+    return Captured(size, pause_ms, report)
 
 
-@dataclass(frozen=True, slots=True)
-class _Still:
-    """What happens while the guest stands still, and nothing else."""
+class _Capture:
+    """What one capture holds open, and its steps."""
 
-    machine: Machine
-    paths: InstancePaths
-    payload: Payload
-    phases: Phases
-    buffer: mmap
-    stay_paused: bool
+    def __init__(
+        self,
+        context: Context,
+        instance: Instance,
+        live: LiveInstance,
+        payload: Payload,
+        *,
+        phases: Phases,
+        stay_paused: bool,
+        thread: ThreadPoolExecutor,
+    ) -> None:
+        self._context = context
+        self._machine = live.machine
+        self._live = live
+        self._paths: InstancePaths = context.data.instance(instance.id)
+        self._payload = payload
+        self._phases = phases
+        self._stay_paused = stay_paused
+        self._thread = thread
+        self._limit = context.settings.capture_buffer_bytes
+        self._held = ExitStack()
+        self._memory: MemoryCapture | None = None
+        self._copying = False
 
-    async def run(self) -> tuple[DirtyPages, float]:
-        """Pause, capture, resume; the pages and the pause in milliseconds."""
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Run blocking ``work`` in the capture's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def disk_ahead(self) -> None:
+        """While the guest runs: copy its disk, where that cannot be done in no time by reflink."""
+        overlay, copy = self._paths.overlay, self._payload.overlay
+        if not self._stay_paused and not self._context.shares_blocks:
+            create_sparse(copy, overlay.stat().st_size)
+            self._copying = await self._machine.begin_disk_copy(OVERLAY, copy)
+            if self._copying:
+                await self.in_thread(lambda: copy_into(overlay, copy))
+            else:
+                copy.unlink()
+        # Stopping a guest flushes its disks: what is flushed now need not be flushed then.
+        await self.in_thread(lambda: fsync_data(overlay))
+
+    def memory_ahead(self) -> None:
+        """While the guest runs: the clone of the image below, and what can be copied ahead."""
+        incremental = self._clone_below()
+        memory = self._held.enter_context(
+            GuestMemory(self._machine.process.pid, self._paths.memory)
+        )
+        fd = self._held.enter_context(open_private(self._payload.memory))
+        self._memory = MemoryCapture(memory, fd, incremental=incremental, buffer_limit=self._limit)
+        self._held.callback(self._memory.close)
+        self._memory.ahead()
+
+    def _clone_below(self) -> bool:
+        """Clone the last capture's image (true), or, if that is gone, the one that is mapped."""
+        # Until this capture has succeeded, no image says what the pages written since belong to.
+        last, self._live.captured = self._live.captured, None
+        if last is not None:
+            try:
+                clone(last, self._payload.memory)
+            except FileNotFoundError:  # that snapshot was deleted
+                pass
+            else:
+                return True
+        clone(self._paths.memory, self._payload.memory)
+        return False
+
+    async def pause(self) -> float:
+        """Pause, take what is left, resume; the milliseconds the guest stood still."""
+        try:
+            return await finish(self._stand_still())
+        except asyncio.CancelledError:
+            if self._stay_paused:  # nobody will take it from here
+                await finish(self._machine.resume())
+            raise
+
+    async def _stand_still(self) -> float:
         began = time.perf_counter()
         complete = False
-        await self.machine.pause()
+        with self._phases.measure("stop"):
+            await self._machine.pause()
         try:
-            pages = await self._capture()
+            await self._take()
             complete = True
         finally:
-            if not (complete and self.stay_paused):
-                await self.machine.resume()
-        return pages, round((time.perf_counter() - began) * 1000, 3)
+            if not (complete and self._stay_paused):
+                with self._phases.measure("resume"):
+                    await self._machine.resume()
+        return round((time.perf_counter() - began) * 1000, 3)
 
-    async def _capture(self) -> DirtyPages:
-        with self.phases.measure("devices"):
-            await self.machine.save_devices(self.payload.devices)
+    async def _take(self) -> None:
+        with self._phases.measure("devices"):
+            await self._machine.save_devices(self._payload.devices)
         # Only now: saving may still move data between devices and guest memory.
-        with self.phases.measure("read_memory"):
-            pid = self.machine.process.pid
-            pages = await asyncio.to_thread(read_dirty_pages, pid, self.paths.memory, self.buffer)
-        if not self.stay_paused:
-            with self.phases.measure("disk"):
-                await asyncio.to_thread(clone, self.paths.overlay, self.payload.overlay)
-        return pages
+        await asyncio.gather(self._take_memory(), self._take_disk())
+
+    async def _take_memory(self) -> None:
+        with self._phases.measure("read_memory"):
+            assert self._memory is not None  # noqa: S101 - for the type checker
+            await self.in_thread(self._memory.still)
+
+    async def _take_disk(self) -> None:
+        if self._stay_paused:
+            return
+        with self._phases.measure("disk"):
+            if self._copying:
+                await self._machine.finish_disk_copy(OVERLAY)
+            else:
+                await self.in_thread(lambda: clone(self._paths.overlay, self._payload.overlay))
+
+    def after(self) -> WriteReport:
+        """When the guest runs again (or will not): write what was taken."""
+        assert self._memory is not None  # noqa: S101 - for the type checker
+        return self._memory.after()
+
+    async def close(self) -> None:
+        """Close what was opened."""
+        await self.in_thread(self._held.close)
+        if self._copying:
+            with contextlib.suppress(VmmFailure):  # a VMM that is gone holds nothing open
+                await self._machine.end_disk_copy(OVERLAY)
 
 
 def manifest_facts(instance: Instance) -> dict[str, Any]:

@@ -10,10 +10,12 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stillframe.engine.settings import EngineSettings
 from stillframe.guest.connection import AgentConnection
+from stillframe.host.files import supports_reflink
 from stillframe.images.boot import BootPair, build_boot_pair, load_boot_pair
 from stillframe.images.library import ImageLibrary
 from stillframe.model.errors import InvalidState, NotFound, NotSupported, StillframeError
@@ -23,6 +25,9 @@ from stillframe.model.values import Hypervisor, Instance, Snapshot
 from stillframe.store.paths import DataDirectory
 from stillframe.store.records import Records
 from stillframe.vmm.driver import Driver, DriverProbe, Machine
+
+if TYPE_CHECKING:
+    from stillframe.engine.verbs.warm import WarmForks
 
 log = logging.getLogger("stillframe.engine")
 T = TypeVar("T")
@@ -57,11 +62,15 @@ class LiveInstance:
 
     ``ending`` is set by verbs that end the VMM on purpose, so that its exit is no news.
     ``dialling`` is held while connecting; ``news`` is set when the agent reports a change.
+    ``greeting`` makes a loaded guest itself; nobody else talks to its agent before that is done.
+    ``captured`` is an image that, with the pages written since, is the guest's memory.
     """
 
     machine: Machine
     connection: AgentConnection | None = None
     ending: bool = False
+    captured: Path | None = None
+    greeting: asyncio.Task[None] | None = None
     dialling: asyncio.Lock = field(default_factory=asyncio.Lock)
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -87,6 +96,7 @@ class Context:
         self.images = images
         self.now = now
         self.new_id = make_id
+        self.warm: WarmForks  # made by the engine: it knows this context
         self.live: dict[str, LiveInstance] = {}
         self.starts = asyncio.Semaphore(settings.max_concurrent_starts)
         self.snapshot_users: Counter[str] = Counter()
@@ -97,6 +107,11 @@ class Context:
         self._background: set[asyncio.Task[None]] = set()
         self._boot_pair: BootPair | None = None
         self.closing = False
+        # Whether cloning a file costs nothing in the data directory.
+        self.shares_blocks = supports_reflink(data.root)
+        self._requests = 0
+        self._quiet = asyncio.Event()
+        self._quiet.set()
 
     # -- finding ------------------------------------------------------------------------------
     def instance(self, instance_id: str) -> Instance:
@@ -184,6 +199,23 @@ class Context:
         async with self._snapshot_idle:
             await self._snapshot_idle.wait_for(lambda: not self.snapshot_users[snapshot_id])
         del self.snapshot_users[snapshot_id]
+
+    # -- requests -----------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """Say that a request is at work: what can wait, waits meanwhile."""
+        self._requests += 1
+        self._quiet.clear()
+        try:
+            yield
+        finally:
+            self._requests -= 1
+            if not self._requests:
+                self._quiet.set()
+
+    async def quiet(self) -> None:
+        """Return when no request is at work."""
+        await self._quiet.wait()
 
     # -- state --------------------------------------------------------------------------------
     def moved(self, instance: Instance, state: InstanceState, **changes: Any) -> Instance:

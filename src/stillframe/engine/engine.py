@@ -8,26 +8,29 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
-from stillframe.engine import (
-    create,
-    fork,
-    guest,
-    recover,
-    restore_snapshot,
-    snapshot,
-    standby,
-    stop,
-    wait,
-)
+from stillframe.engine import guest, wait
 from stillframe.engine.context import Context
 from stillframe.engine.interface import (
     CreateRequest,
     ExecRequest,
     ExecSession,
+    ForkOutcome,
+    ForkRequest,
     ReadEntry,
     WaitResult,
+    WarmStatus,
 )
 from stillframe.engine.settings import EngineSettings
+from stillframe.engine.verbs import (
+    create,
+    fork,
+    recover,
+    restore_snapshot,
+    snapshot,
+    standby,
+    stop,
+)
+from stillframe.engine.verbs.warm import WarmForks
 from stillframe.images.library import ImageLibrary
 from stillframe.model.errors import Ambiguous, Conflict, NotFound
 from stillframe.model.states import InstanceState
@@ -59,14 +62,17 @@ class Engine:
         self.context = Context(
             settings, data, self._records, {d.hypervisor: d for d in drivers}, images
         )
+        self.context.warm = WarmForks(self.context)
 
     async def open(self) -> None:
         """Recover what an earlier server left, adopt its VMs, and be ready."""
         await recover.recover(self.context)
+        self.context.warm.open()
 
     async def close(self) -> None:
         """Stop watching; VMs run on."""
         self.context.closing = True
+        await self.context.warm.close()
         await self.context.cancel_background()
         await self.context.images.close()
         for live in self.context.live.values():
@@ -106,7 +112,8 @@ class Engine:
 
     async def create(self, request: CreateRequest) -> Instance:
         """Boot a new instance; returns while it is still Initializing."""
-        return await create.create(self.context, request)
+        with self.context.busy():
+            return await create.create(self.context, request)
 
     async def start(
         self,
@@ -116,7 +123,8 @@ class Engine:
         cmd: Sequence[str] | None = None,
     ) -> Instance:
         """Boot a Stopped instance again on its disks; overrides persist."""
-        return await create.start(self.context, instance_id, entrypoint=entrypoint, cmd=cmd)
+        with self.context.busy():
+            return await create.start(self.context, instance_id, entrypoint=entrypoint, cmd=cmd)
 
     async def stop(self, instance_id: str) -> Instance:
         """Shut the guest down (agent, then SIGKILL)."""
@@ -134,16 +142,18 @@ class Engine:
         compression_delay: timedelta | None = None,
     ) -> Instance:
         """Capture memory and devices durably, then end the VMM."""
-        return await standby.standby(
-            self.context,
-            instance_id,
-            compression=compression,
-            compression_delay=compression_delay,
-        )
+        with self.context.busy():
+            return await standby.standby(
+                self.context,
+                instance_id,
+                compression=compression,
+                compression_delay=compression_delay,
+            )
 
     async def restore(self, instance_id: str) -> Instance:
         """Bring an instance in Standby back to Running."""
-        return await standby.restore(self.context, instance_id)
+        with self.context.busy():
+            return await standby.restore(self.context, instance_id)
 
     async def fork(
         self,
@@ -154,13 +164,14 @@ class Engine:
         target_state: InstanceState | None = None,
     ) -> Instance:
         """Fork an instance (Stopped, Standby, or Running with ``from_running``)."""
-        return await fork.fork_instance(
-            self.context,
-            instance_id,
-            name=name,
-            from_running=from_running,
-            target_state=target_state,
-        )
+        with self.context.busy():
+            return await fork.fork_instance(
+                self.context,
+                instance_id,
+                name=name,
+                from_running=from_running,
+                target_state=target_state,
+            )
 
     async def wait(
         self, instance_id: str, *, state: InstanceState, timeout: timedelta
@@ -231,9 +242,10 @@ class Engine:
         compression: CompressionConfig | None = None,
     ) -> Snapshot:
         """Capture; a Running source stays Running. Durable on return."""
-        return await snapshot.snapshot(
-            self.context, instance_id, kind=kind, name=name, tags=tags, compression=compression
-        )
+        with self.context.busy():
+            return await snapshot.snapshot(
+                self.context, instance_id, kind=kind, name=name, tags=tags, compression=compression
+            )
 
     async def delete_snapshot(self, snapshot_id: str) -> None:
         """Delete; forks and source go on unharmed."""
@@ -248,30 +260,34 @@ class Engine:
         target_hypervisor: Hypervisor | None = None,
     ) -> Instance:
         """Put an instance back to one of its snapshots; the old state is kept until it worked."""
-        return await restore_snapshot.restore_snapshot(
-            self.context,
-            instance_id,
-            snapshot_id,
-            target_state=target_state,
-            target_hypervisor=target_hypervisor,
-        )
+        with self.context.busy():
+            return await restore_snapshot.restore_snapshot(
+                self.context,
+                instance_id,
+                snapshot_id,
+                target_state=target_state,
+                target_hypervisor=target_hypervisor,
+            )
 
-    async def fork_snapshot(
-        self,
-        snapshot_id: str,
-        *,
-        name: str,
-        target_state: InstanceState | None = None,
-        target_hypervisor: Hypervisor | None = None,
-    ) -> Instance:
+    async def fork_snapshot(self, snapshot_id: str, request: ForkRequest) -> Instance:
         """A new instance from a snapshot."""
-        return await fork.fork_snapshot(
-            self.context,
-            snapshot_id,
-            name=name,
-            target_state=target_state,
-            target_hypervisor=target_hypervisor,
-        )
+        with self.context.busy():
+            return await fork.fork_snapshot(self.context, snapshot_id, request)
+
+    async def fork_many(
+        self, snapshot_id: str, requests: Sequence[ForkRequest]
+    ) -> list[ForkOutcome]:
+        """Many forks at once, one outcome each."""
+        with self.context.busy():
+            return await fork.fork_many(self.context, snapshot_id, requests)
+
+    def warm_status(self, snapshot_id: str) -> WarmStatus:
+        """How many forks of a snapshot stand ready."""
+        return self.context.warm.status(self.context.snapshot(snapshot_id))
+
+    async def set_warm(self, snapshot_id: str, count: int) -> WarmStatus:
+        """Keep ``count`` forks of a snapshot loaded and waiting."""
+        return await self.context.warm.set_count(snapshot_id, count)
 
     # -- images -------------------------------------------------------------------------------
     def find_image(self, reference: str) -> Image:

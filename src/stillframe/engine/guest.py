@@ -46,7 +46,8 @@ async def execute(context: Context, instance_id: str, request: ExecRequest) -> E
         connection,
         command=request.command,
         tty=request.tty,
-        env=request.env,
+        # A fork may have another environment than the boot it descends from.
+        env={**context.instance(instance_id).env, **(request.env or {})},
         cwd=request.cwd,
         timeout=request.timeout,
         rows=request.rows,

@@ -20,7 +20,7 @@ from stillframe.guest.connection import AgentConnection
 from stillframe.guest.identity import identify
 from stillframe.host.files import create_sparse, storage_errors
 from stillframe.images.boot import BootPair, write_config_disk
-from stillframe.model.errors import DamagedData, NotSupported, StillframeError
+from stillframe.model.errors import DamagedData, GuestFailure, NotSupported, StillframeError
 from stillframe.model.states import InstanceState
 from stillframe.model.values import Hypervisor, Image, Instance
 from stillframe.vmm.driver import Disk, Machine, MachineResources, MachineSpec
@@ -145,6 +145,22 @@ def attach(context: Context, instance: Instance, machine: Machine) -> LiveInstan
 
 
 async def connect(context: Context, live: LiveInstance, timeout: float) -> AgentConnection:
+    """The connection to the agent of a guest that is itself (see ``loaded.let_run``).
+
+    Raises GuestFailure when the agent is silent for ``timeout`` seconds, or has been before.
+    """
+    if live.greeting is not None:
+        await asyncio.wait([live.greeting])
+        failure = None if live.greeting.cancelled() else live.greeting.exception()
+        if live.greeting.cancelled() or failure is not None:
+            raise GuestFailure(
+                f"the guest has no identity of its own: {failure or 'the server is stopping'}",
+                hint="stop the instance and start it again, or delete it",
+            ) from failure
+    return await dial(live, timeout)
+
+
+async def dial(live: LiveInstance, timeout: float) -> AgentConnection:
     """The connection to the guest agent, made if there is none. Raises GuestFailure."""
     async with live.dialling:
         if live.connection is None or not live.connection.alive:
@@ -157,7 +173,7 @@ async def connect(context: Context, live: LiveInstance, timeout: float) -> Agent
 
 async def identify_guest(context: Context, instance: Instance, live: LiveInstance) -> None:
     """Make a restored or forked guest itself: entropy, clock, names. Raises GuestFailure."""
-    connection = await connect(context, live, context.settings.agent_timeout)
+    connection = await dial(live, context.settings.agent_timeout)
     await identify(
         connection,
         seed=secrets.token_bytes(64),
@@ -187,7 +203,7 @@ def announce_ready(context: Context, instance: Instance, live: LiveInstance) -> 
 
 
 async def _await_ready(context: Context, instance_id: str, live: LiveInstance) -> None:
-    connection = await connect(context, live, context.settings.boot_timeout)
+    connection = await dial(live, context.settings.boot_timeout)
     while connection.alive and connection.hello.workload == "starting":
         await live.news.wait()
         live.news.clear()

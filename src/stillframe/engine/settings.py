@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from stillframe.model.units import GIB
+from stillframe.model.units import GIB, MIB
 from stillframe.model.values import Hypervisor
 
 
@@ -14,12 +14,16 @@ class EngineSettings:
     """Settings of an engine, complete and checked.
 
     ``accelerator`` is ``auto``, ``kvm`` or ``tcg``; ``kernel_dir`` an unpacked kernel package;
-    ``max_concurrent_starts`` bounds how many VMMs are being started at once.
+    ``max_concurrent_starts`` bounds how many VMMs are being started at once;
+    ``capture_buffer_bytes`` the host memory that one capture uses while its guest stands still;
+    ``warm_memory_bytes`` what all warm forks together may hold;
+    ``tracker_library`` is preloaded into VMMs so that writes can be tracked (None: they are not).
     """
 
     data_dir: Path
     kernel_dir: Path
     agent_binary: Path
+    tracker_library: Path | None = None
     default_hypervisor: Hypervisor = Hypervisor.QEMU
     qemu_binary: str = "qemu-system-x86_64"
     accelerator: str = "auto"
@@ -30,5 +34,7 @@ class EngineSettings:
     default_vcpus: int = 2
     default_overlay_bytes: int = 10 * GIB
     max_concurrent_starts: int = 8
+    capture_buffer_bytes: int = 512 * MIB
+    warm_memory_bytes: int = 2 * GIB
     boot_timeout: float = 120.0
     agent_timeout: float = 30.0

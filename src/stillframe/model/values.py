@@ -121,6 +121,8 @@ class Instance:
     ``accelerator`` is ``kvm``, ``tcg`` or ``none``: memory made under one cannot run under another.
     ``boot`` names the kernel and initrd pair (a digest) the disks and memory belong to.
     ``boot_nonce`` marks the console lines of the boot its memory descends from.
+    ``resumed_at`` is when its guest last ran on from captured memory, ``timings_ms`` where the
+    time until then went.
     ``parent_snapshot_id`` / ``parent_instance_id`` say what it was forked from.
     """
 
@@ -155,6 +157,7 @@ class Instance:
     parent_snapshot_id: str | None = None
     parent_instance_id: str | None = None
     timings_ms: Mapping[str, float] = field(default_factory=dict)
+    resumed_at: datetime | None = None
     boot_nonce: str = ""
 
     @property
@@ -170,6 +173,7 @@ class Snapshot:
     ``template`` is the source instance as it was at the capture: what a fork starts from.
     ``size_bytes`` is the apparent size of the payload, ``stored_bytes`` what it takes on disk.
     ``pause_ms`` is how long the guest stood still; ``timings_ms`` says where the time went.
+    ``warm_count`` is how many forks are to stand ready, loaded and waiting.
     """
 
     id: str
@@ -191,6 +195,7 @@ class Snapshot:
     compressed_size_bytes: int | None = None
     uncompressed_size_bytes: int | None = None
     parent_snapshot_id: str | None = None
+    warm_count: int = 0
 
 
 @dataclass(frozen=True, slots=True)

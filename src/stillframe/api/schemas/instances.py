@@ -218,6 +218,7 @@ class InstanceAnswer(Answer):
     parent_snapshot_id: str | None = None
     parent_instance_id: str | None = None
     timings_ms: dict[str, float] | None = None
+    resumed_at: datetime | None = None
 
     @classmethod
     def of(cls, instance: Instance, *, now: datetime | None = None) -> InstanceAnswer:
@@ -262,6 +263,7 @@ def _own_fields(instance: Instance) -> dict[str, Any]:
         "parent_snapshot_id": instance.parent_snapshot_id,
         "parent_instance_id": instance.parent_instance_id,
         "timings_ms": dict(instance.timings_ms),
+        "resumed_at": utc(instance.resumed_at),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,10 +114,15 @@ def _check_range(what: str, value: int, low: int, high: int, code: str) -> None:
         )
 
 
-def _check_text(request: CreateRequest) -> None:
-    for key, value in (request.env or {}).items():
+def check_environment(env: Mapping[str, str] | None) -> None:
+    """Raises InvalidRequest for a variable that no process could be given."""
+    for key, value in (env or {}).items():
         if not key or "=" in key or "\0" in key + value:
             raise InvalidRequest(f"invalid environment variable {key[:40]!r}")
+
+
+def _check_text(request: CreateRequest) -> None:
+    check_environment(request.env)
     parts = [*(request.entrypoint or ()), *(request.cmd or ())]
     if any("\0" in part for part in parts):
         raise InvalidRequest("a command cannot contain NUL")

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 
 from stillframe.engine.context import Context, LiveInstance
-from stillframe.engine.machines import connect, end, exit_of
+from stillframe.engine.machines import dial, end, exit_of
 from stillframe.guest.identity import shutdown
 from stillframe.host.files import remove_tree
 from stillframe.model.errors import NotFound, StillframeError
@@ -54,7 +54,7 @@ async def _ask(context: Context, instance: Instance, live: LiveInstance, grace: 
     gone = asyncio.ensure_future(live.machine.wait_exit())
     try:
         if instance.state is InstanceState.RUNNING:
-            connection = await connect(context, live, 1.5)
+            connection = await dial(live, 1.5)
             # The VMM may go before the answer comes: whichever is first will do.
             await shutdown(connection, grace_ms=int(grace * 1000))
         else:

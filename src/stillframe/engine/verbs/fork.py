@@ -8,26 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from stillframe.engine.capture import capture
 from stillframe.engine.context import Context, Phases
-from stillframe.engine.create import make_directory
+from stillframe.engine.interface import ForkOutcome, ForkRequest
+from stillframe.engine.loaded import run_loaded
 from stillframe.engine.machines import boot_and_commit, end
-from stillframe.engine.standby import enter_standby, run_loaded
+from stillframe.engine.verbs.create import check_environment, make_directory
+from stillframe.engine.verbs.standby import enter_standby
 from stillframe.engine.wait import reached
 from stillframe.host.files import clone, fsync_directory, fsync_file, remove_tree, storage_errors
 from stillframe.images.boot import write_config_disk
-from stillframe.model.errors import Conflict, InvalidRequest, NameConflict
+from stillframe.model.errors import Conflict, InvalidRequest, NameConflict, StillframeError
 from stillframe.model.states import InstanceState, Verb, permission
-from stillframe.model.units import check_name
+from stillframe.model.units import check_name, check_tags
 from stillframe.model.values import Hypervisor, Instance, Snapshot, SnapshotKind
 from stillframe.store.paths import Payload
 from stillframe.store.payloads import check, without_file
 from stillframe.store.records import Intent
 
+log = logging.getLogger("stillframe.fork")
 _TARGETS: dict[SnapshotKind, tuple[InstanceState, ...]] = {  # the default comes first
     SnapshotKind.STANDBY: (InstanceState.RUNNING, InstanceState.STANDBY, InstanceState.STOPPED),
     SnapshotKind.STOPPED: (InstanceState.STOPPED, InstanceState.RUNNING),
@@ -71,34 +77,76 @@ async def target_hypervisor_of(
     return wanted
 
 
-async def fork_snapshot(
-    context: Context,
-    snapshot_id: str,
-    *,
-    name: str,
-    target_state: InstanceState | None = None,
-    target_hypervisor: Hypervisor | None = None,
-) -> Instance:
+async def fork_snapshot(context: Context, snapshot_id: str, request: ForkRequest) -> Instance:
     """A new instance from a snapshot, in the target state on return.
 
     Raises InvalidRequest, NotFound, Conflict (name), DamagedData, NotSupported, StorageFull,
-    VmmFailure, GuestFailure; then nothing of the fork is left.
+    VmmFailure; then nothing of the fork is left.
     """
-    check_name(name)
-    phases = Phases()
+    (outcome,) = await fork_many(context, snapshot_id, [request])
+    if outcome.error is not None:
+        raise outcome.error
+    assert outcome.instance is not None  # noqa: S101 - for the type checker
+    return outcome.instance
+
+
+async def fork_many(
+    context: Context, snapshot_id: str, requests: Sequence[ForkRequest]
+) -> list[ForkOutcome]:
+    """Forks of one snapshot, started side by side; one outcome for each request, in order.
+
+    What is common to them is done once. A fork that fails leaves nothing and hinders no other.
+    Raises NotFound, DamagedData: then there is none.
+    """
     async with context.using(snapshot_id) as snapshot:
-        target = target_of(snapshot.kind, target_state)
-        hypervisor = await target_hypervisor_of(context, snapshot, target_hypervisor)
         payload = context.data.snapshot(snapshot_id)
-        with phases.measure("check"):
-            await asyncio.to_thread(check, payload)
-        memory = payload if snapshot.kind is SnapshotKind.STANDBY else None
-        template = replace(snapshot.template, hypervisor=hypervisor)
-        source = Source(template, payload.overlay, memory, snapshot_id)
+        checked = asyncio.ensure_future(asyncio.to_thread(check, payload))
         try:
-            return await _fork(context, source, name, target, phases)
-        except NameConflict as error:
-            raise Conflict(error.message, hint=error.hint, name=name) from error
+            outcomes = await asyncio.gather(
+                *(_outcome(context, snapshot, request, checked) for request in requests)
+            )
+        finally:
+            await asyncio.wait([checked])
+    return outcomes
+
+
+async def _outcome(
+    context: Context, snapshot: Snapshot, request: ForkRequest, checked: asyncio.Future[Any]
+) -> ForkOutcome:
+    try:
+        return ForkOutcome(request.name, await _fork_one(context, snapshot, request, checked))
+    except NameConflict as error:
+        conflict = Conflict(error.message, hint=error.hint, name=request.name)
+        return ForkOutcome(request.name, error=conflict)
+    except StillframeError as error:
+        return ForkOutcome(request.name, error=error)
+    except Exception as error:  # a fault of ours: it must not take the other forks with it
+        log.exception("fork %s of snapshot %s failed", request.name, snapshot.id)
+        return ForkOutcome(request.name, error=StillframeError(f"internal error: {error!r}"))
+
+
+async def _fork_one(
+    context: Context, snapshot: Snapshot, request: ForkRequest, checked: asyncio.Future[Any]
+) -> Instance:
+    phases = Phases()
+    check_name(request.name)
+    check_environment(request.env)
+    tags = None if request.tags is None else check_tags(request.tags)
+    target = target_of(snapshot.kind, request.target_state)
+    hypervisor = await target_hypervisor_of(context, snapshot, request.target_hypervisor)
+    if context.records.instance_by_name(request.name) is not None:
+        raise _name_taken(request.name)
+    if target is InstanceState.RUNNING and (warm := context.warm.take(snapshot.id)) is not None:
+        return await context.warm.claim(warm, request, tags, phases)
+    payload = context.data.snapshot(snapshot.id)
+    memory = payload if snapshot.kind is SnapshotKind.STANDBY else None
+    source = Source(
+        replace(snapshot.template, hypervisor=hypervisor), payload.overlay, memory, snapshot.id
+    )
+    with phases.measure("check"):
+        await checked
+    child = child_of(context, source, request, tags)
+    return await _fork(context, source, child, target, phases)
 
 
 async def fork_instance(
@@ -124,7 +172,9 @@ async def fork_instance(
         if context.records.instance_by_name(name) is not None:
             raise _name_taken(name)
         source = await _source_of(context, instance, held, phases)
-        return await _fork(context, source, name, target, phases)
+        return await _fork(
+            context, source, child_of(context, source, ForkRequest(name)), target, phases
+        )
 
 
 async def _source_of(
@@ -149,31 +199,37 @@ async def _source_of(
 
 
 async def _fork(
-    context: Context, source: Source, name: str, target: InstanceState, phases: Phases
+    context: Context, source: Source, child: Instance, target: InstanceState, phases: Phases
 ) -> Instance:
     """Make the fork and bring it to ``target``; undo all of it on failure."""
-    child = _child_of(context, source, name)
     async with contextlib.AsyncExitStack() as undo:
         try:
             context.records.reserve_instance(child, Intent(child.id, "fork", {}))
         except NameConflict as error:
-            raise _name_taken(name) from error
+            raise _name_taken(child.name) from error
         undo.callback(context.forget, child.id)
         with phases.measure("disk"):
-            await asyncio.to_thread(_make_disks, context, child, source, undo)
+            await asyncio.to_thread(make_disks, context, child, source, undo)
         undo.push_async_callback(end, context, child.id)
         child = await _bring_to(context, child, source, target, phases)
         undo.pop_all()
     return child
 
 
-def _child_of(context: Context, source: Source, name: str) -> Instance:
+def child_of(
+    context: Context,
+    source: Source,
+    request: ForkRequest,
+    tags: Mapping[str, str] | None = None,
+) -> Instance:
     """The record of a fork: inherited but for identity, history and what belongs to one life."""
     template, now = source.template, context.now()
     return replace(
         template,
         id=context.new_id(),
-        name=name,
+        name=request.name,
+        tags=template.tags if tags is None else tags,
+        env={**template.env, **(request.env or {})},
         state=InstanceState.CREATED,
         created_at=now,
         phase_since=now,
@@ -185,14 +241,16 @@ def _child_of(context: Context, source: Source, name: str) -> Instance:
         exit_message=None,
         state_error=None,
         timings_ms={},
+        resumed_at=None,
         parent_snapshot_id=source.snapshot_id or template.parent_snapshot_id,
         parent_instance_id=None if source.snapshot_id else template.id,
     )
 
 
-def _make_disks(
+def make_disks(
     context: Context, child: Instance, source: Source, undo: contextlib.AsyncExitStack
 ) -> None:
+    """The directory of a fork with its disks; ``undo`` removes it. Raises StorageFull."""
     paths = context.data.instance(child.id)
     with storage_errors("clone the disk"), contextlib.ExitStack() as local:
         make_directory(paths.directory, local)
@@ -207,7 +265,7 @@ async def _bring_to(
 ) -> Instance:
     if source.memory is not None and target is InstanceState.RUNNING:
         return await run_loaded(
-            context, child, source.memory, phases, fulfils=child.id, note="forked"
+            context, child, source.memory, phases, fulfils=child.id, fork=True, note="forked"
         )
     if source.memory is not None and target is InstanceState.STANDBY:
         await asyncio.to_thread(_link_standby, context, child, source.memory)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from stillframe.engine.capture import capture, manifest_facts
 from stillframe.engine.context import Context, Phases
-from stillframe.engine.standby import refuse_compression
+from stillframe.engine.verbs.standby import refuse_compression
 from stillframe.host.files import clone, remove_tree, storage_errors
 from stillframe.model.errors import Conflict, InvalidRequest, NameConflict
 from stillframe.model.states import InstanceState, Verb, permission
@@ -96,6 +96,9 @@ async def _take(context: Context, instance: Instance, wanted: Snapshot) -> Snaps
         except NameConflict as error:
             raise _name_taken(name or "") from error
         undo.pop_all()
+    live = context.live.get(instance.id)
+    if live is not None and taken.kind is SnapshotKind.STANDBY:
+        live.captured = final.memory
     context.note(instance.id, f"snapshot {taken.id} ({taken.kind.value}) taken")
     return taken
 
@@ -149,6 +152,7 @@ async def delete_snapshot(context: Context, snapshot_id: str) -> None:
     context.snapshot(snapshot_id)
     subject = snapshot_id
     context.records.drop_snapshot(snapshot_id, Intent(subject, "delete snapshot", {}))
+    await context.warm.forget(snapshot_id)
     await context.snapshot_unused(snapshot_id)
     await asyncio.to_thread(remove_tree, context.data.snapshot(snapshot_id).directory)
     context.records.fulfil(subject)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 
 from stillframe.engine.context import Context
@@ -11,11 +10,10 @@ from stillframe.engine.machines import (
     announce_ready,
     attach,
     commit_exit,
-    connect,
     identify_guest,
     resources_of,
 )
-from stillframe.engine.restore_snapshot import put_back
+from stillframe.engine.verbs.restore_snapshot import put_back
 from stillframe.host.files import remove_tree
 from stillframe.host.orphans import kill_orphans
 from stillframe.model.errors import StillframeError
@@ -98,14 +96,8 @@ async def _adopt(context: Context, instance: Instance) -> None:
     if instance.state is InstanceState.INITIALIZING:
         announce_ready(context, instance, live)
     else:
-        context.spawn(_greet(context, instance), name=f"greet {instance.id}")
+        # Its identity may not have been set before the crash.
+        live.greeting = context.spawn(
+            identify_guest(context, instance, live), name=f"identify {instance.id}"
+        )
     context.note(instance.id, "adopted by a new server")
-
-
-async def _greet(context: Context, instance: Instance) -> None:
-    """Reach the agent of an adopted guest; its identity may not have been set before the crash."""
-    live = context.live.get(instance.id)
-    if live is not None:
-        with contextlib.suppress(StillframeError):
-            await connect(context, live, context.settings.agent_timeout)
-            await identify_guest(context, instance, live)

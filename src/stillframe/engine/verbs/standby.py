@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-from dataclasses import replace
 from datetime import timedelta
 
 from stillframe.engine.capture import capture
 from stillframe.engine.context import Context, Phases, finish
-from stillframe.engine.machines import attach, check_loadable, end, identify_guest, load
+from stillframe.engine.loaded import run_loaded
+from stillframe.engine.machines import end
 from stillframe.host.files import remove_tree, storage_errors
 from stillframe.model.errors import InvalidState, NotSupported
 from stillframe.model.states import InstanceState, Permission, Verb, permission
 from stillframe.model.values import CompressionConfig, Instance
-from stillframe.store.paths import Payload
 from stillframe.store.payloads import check, publish
 
 
@@ -90,59 +88,3 @@ async def restore(context: Context, instance_id: str) -> Instance:
         restored = await run_loaded(context, instance, paths.standby, phases, note="restored")
         await asyncio.to_thread(remove_tree, paths.standby.directory)
         return restored
-
-
-async def run_loaded(
-    context: Context,
-    instance: Instance,
-    source: Payload,
-    phases: Phases,
-    *,
-    fulfils: str | None = None,
-    note: str,
-) -> Instance:
-    """Run ``instance`` from captured memory; it is Running, and itself, on return.
-
-    The record is committed before the guest's first step: from then on its disk may differ from
-    what the captured memory believes, so there is no way back to it. Until then any failure ends
-    the VMM and commits nothing.
-    """
-    paths = context.data.instance(instance.id)
-    check_loadable(source.devices, source.memory, instance)
-    async with contextlib.AsyncExitStack() as undo:
-        with phases.measure("map_memory"), storage_errors("map the memory image"):
-            replacement = paths.memory.with_name("memory.new")
-            replacement.unlink(missing_ok=True)
-            os.link(source.memory, replacement)
-            replacement.replace(paths.memory)
-            undo.callback(paths.memory.unlink, missing_ok=True)
-        with phases.measure("load"):
-            machine = await load(context, instance, source.devices)
-        undo.push_async_callback(machine.kill)
-        running = context.moved(
-            instance, InstanceState.RUNNING, process=machine.process, stopped_at=None,
-            started_at=instance.started_at or context.now(),
-        )  # fmt: skip
-        with phases.measure("record"):
-            context.commit(running, fulfils=fulfils, note=note)
-        undo.pop_all()
-    live = attach(context, running, machine)
-    # Greet before the first step: the agent then finds us waiting instead of an empty line.
-    greeting = asyncio.ensure_future(identify_guest(context, running, live))
-    try:
-        with phases.measure("resume"):
-            await finish(machine.resume())
-        with phases.measure("identify"):
-            await greeting
-    finally:
-        greeting.cancel()
-    return remember_timings(context, running, phases)
-
-
-def remember_timings(context: Context, instance: Instance, phases: Phases) -> Instance:
-    """Keep the phases with the instance, in memory only: they are not worth an fsync."""
-    current = context.records.instances.get(instance.id, instance)
-    current = replace(current, timings_ms=phases.total())
-    if instance.id in context.records.instances:
-        context.records.instances[instance.id] = current
-    return current

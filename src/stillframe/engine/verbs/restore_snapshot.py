@@ -12,9 +12,9 @@ import os
 from dataclasses import replace
 
 from stillframe.engine.context import Context, Phases
-from stillframe.engine.fork import target_hypervisor_of, target_of
+from stillframe.engine.loaded import run_loaded
 from stillframe.engine.machines import boot_and_commit, end
-from stillframe.engine.standby import run_loaded
+from stillframe.engine.verbs.fork import target_hypervisor_of, target_of
 from stillframe.host.files import (
     clone,
     fsync_directory,

@@ -1,0 +1,150 @@
+"""Running captured memory: map it, load the devices, commit, let the guest run, make it itself."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import replace
+
+from stillframe.engine.context import Context, LiveInstance, Phases, finish
+from stillframe.engine.machines import attach, check_loadable, end, identify_guest, load
+from stillframe.host.files import storage_errors
+from stillframe.model.errors import StillframeError
+from stillframe.model.states import InstanceState
+from stillframe.model.values import Instance
+from stillframe.store.paths import Payload
+from stillframe.vmm.driver import Machine
+
+
+async def load_paused(
+    context: Context,
+    instance: Instance,
+    source: Payload,
+    phases: Phases,
+    undo: contextlib.AsyncExitStack,
+) -> Machine:
+    """A VMM with captured memory mapped and devices loaded; its guest stands still.
+
+    ``undo`` ends it and unlinks the mapped image. Raises DamagedData, NotSupported, StorageFull,
+    VmmFailure.
+    """
+    paths = context.data.instance(instance.id)
+    check_loadable(source.devices, source.memory, instance)
+    with phases.measure("map_memory"), storage_errors("map the memory image"):
+        replacement = paths.memory.with_name("memory.new")
+        replacement.unlink(missing_ok=True)
+        os.link(source.memory, replacement)
+        replacement.replace(paths.memory)
+        undo.callback(paths.memory.unlink, missing_ok=True)
+    with phases.measure("load"):
+        machine = await load(context, instance, source.devices)
+    undo.push_async_callback(machine.kill)
+    return machine
+
+
+async def run_loaded(
+    context: Context,
+    instance: Instance,
+    source: Payload,
+    phases: Phases,
+    *,
+    fulfils: str | None = None,
+    fork: bool = False,
+    note: str,
+) -> Instance:
+    """Run ``instance`` from captured memory; it is Running on return (see ``let_run``).
+
+    Until its record is committed any failure ends the VMM and commits nothing.
+    """
+    async with contextlib.AsyncExitStack() as undo:
+        machine = await load_paused(context, instance, source, phases, undo)
+        return await let_run(
+            context, instance, machine, phases, fulfils=fulfils, fork=fork, note=note, undo=undo
+        )
+
+
+async def let_run(
+    context: Context,
+    instance: Instance,
+    machine: Machine,
+    phases: Phases,
+    *,
+    fulfils: str | None = None,
+    fork: bool = False,
+    note: str,
+    undo: contextlib.AsyncExitStack,
+) -> Instance:
+    """Commit Running for a loaded VMM that stands still, then let its guest run.
+
+    The record comes before the guest's first step: from then on its disk may differ from what the
+    captured memory believes, so there is no way back to it. ``undo`` is dropped at the commit.
+
+    The guest is then made itself (entropy, clock, names) in the background; whoever talks to it
+    by us waits for that (``machines.connect``). A ``fork`` that cannot be made itself is ended:
+    it would go on with its siblings' random numbers.
+    """
+    running = context.moved(
+        instance, InstanceState.RUNNING, process=machine.process, stopped_at=None,
+        started_at=instance.started_at or context.now(),
+    )  # fmt: skip
+    with phases.measure("record"):
+        context.commit(running, fulfils=fulfils, note=note)
+    undo.pop_all()
+    live = attach(context, running, machine)
+    # Greet before the first step: the agent then finds us waiting instead of an empty line.
+    greeting = _greet(context, running, live, phases, fork=fork)
+    live.greeting = context.spawn(greeting, name=f"identify {running.id}")
+    with phases.measure("resume"):
+        await finish(machine.resume())
+    return _remember(context, running, phases, resumed=True)
+
+
+async def _greet(
+    context: Context, instance: Instance, live: LiveInstance, phases: Phases, *, fork: bool
+) -> None:
+    try:
+        with phases.measure("identify"):
+            await identify_guest(context, instance, live)
+    except StillframeError as error:
+        # Not here: whoever holds the lock may be waiting for this very guest.
+        context.spawn(
+            _unidentified(context, instance.id, live, error, fork=fork),
+            name=f"unidentified {instance.id}",
+        )
+        raise
+    _remember(context, instance, phases)
+
+
+async def _unidentified(
+    context: Context, instance_id: str, live: LiveInstance, error: StillframeError, *, fork: bool
+) -> None:
+    """End a fork that could not be made itself; note it of a restored guest, which runs on."""
+    if instance_id not in context.records.instances:
+        return
+    async with context.exclusive(instance_id, "identify") as instance:
+        if context.live.get(instance_id) is not live or live.ending:
+            return
+        reason = f"the guest could not be given an identity of its own: {error.message}"
+        if not fork:
+            context.commit(replace(instance, state_error=reason), note=reason)
+            return
+        await end(context, instance_id)
+        stopped = context.moved(
+            instance, InstanceState.STOPPED, process=None, stopped_at=context.now(),
+            state_error=reason,
+        )  # fmt: skip
+        context.commit(stopped, note=reason)
+
+
+def _remember(
+    context: Context, instance: Instance, phases: Phases, *, resumed: bool = False
+) -> Instance:
+    """Keep the phases with the instance, in memory only: they are not worth an fsync."""
+    current = context.records.instances.get(instance.id, instance)
+    timings = phases.total() if resumed else {**current.timings_ms, **phases.milliseconds}
+    current = replace(current, timings_ms=timings)
+    if resumed:
+        current = replace(current, resumed_at=context.now())
+    if instance.id in context.records.instances:
+        context.records.instances[instance.id] = current
+    return current

@@ -1,0 +1,1 @@
+"""The verbs, one file each: what a request makes the engine do."""
