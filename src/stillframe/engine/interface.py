@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
+from stillframe.model.errors import StillframeError
 from stillframe.model.states import InstanceState
 from stillframe.model.values import (
     CompressionConfig,
@@ -43,6 +44,45 @@ class CreateRequest:
     cmd: Sequence[str] | None = None
     network_enabled: bool = True
     snapshot_policy: SnapshotPolicy | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ForkRequest:
+    """A wish for one fork of a snapshot. None means: as in the snapshot.
+
+    ``env`` is laid over the inherited environment: commands run in the fork see it at once, its
+    workload from its next boot on. ``target_hypervisor`` is for Stopped snapshots only.
+    """
+
+    name: str
+    target_state: InstanceState | None = None
+    target_hypervisor: Hypervisor | None = None
+    tags: Mapping[str, str] | None = None
+    env: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ForkOutcome:
+    """What became of one of many forks: the instance, or the error that kept it from being."""
+
+    name: str
+    instance: Instance | None = None
+    error: StillframeError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WarmStatus:
+    """The warm forks of a snapshot: how many are wanted, ready, and being prepared.
+
+    ``memory_bytes`` is the host memory that the ready ones hold; ``limited_by`` says in a sentence
+    why there are fewer than wanted, when that will not change by itself.
+    """
+
+    target: int
+    ready: int
+    filling: int = 0
+    memory_bytes: int = 0
+    limited_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,15 +271,30 @@ class EngineInterface(Protocol):
     ) -> Instance:
         """Put an instance back to one of its snapshots; the old state is kept until it worked."""
 
-    async def fork_snapshot(
-        self,
-        snapshot_id: str,
-        *,
-        name: str,
-        target_state: InstanceState | None = None,
-        target_hypervisor: Hypervisor | None = None,
-    ) -> Instance:
-        """A new instance from a snapshot."""
+    async def fork_snapshot(self, snapshot_id: str, request: ForkRequest) -> Instance:
+        """A new instance from a snapshot, whose source may be gone.
+
+        Raises InvalidRequest, NotFound, Conflict, DamagedData, NotSupported, StorageFull,
+        VmmFailure; then nothing of the fork is left.
+        """
+
+    async def fork_many(
+        self, snapshot_id: str, requests: Sequence[ForkRequest]
+    ) -> list[ForkOutcome]:
+        """Many forks at once, one outcome for each request in its order; the good ones stay.
+
+        Raises NotFound, InvalidRequest for what concerns all of them.
+        """
+
+    def warm_status(self, snapshot_id: str) -> WarmStatus:
+        """How many forks of a snapshot stand ready. Raises NotFound."""
+
+    async def set_warm(self, snapshot_id: str, count: int) -> WarmStatus:
+        """Keep ``count`` forks loaded and waiting (0: none); they are made in the background.
+
+        Survives a restart of the server. Raises NotFound, InvalidRequest (a Stopped snapshot, or
+        a count out of range).
+        """
 
     # -- images -------------------------------------------------------------------------------
     def find_image(self, reference: str) -> Image:
@@ -267,5 +322,8 @@ class EngineInterface(Protocol):
         """Forget an image name; Conflict while an instance or snapshot needs it."""
 
     # -- host ---------------------------------------------------------------------------------
+    def metrics(self) -> bytes:
+        """All measurements in Prometheus' text format (version 0.0.4)."""
+
     async def probe_drivers(self) -> list[DriverProbe]:
         """What each hypervisor offers here, by name."""
