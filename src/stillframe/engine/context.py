@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from stillframe.engine.settings import EngineSettings
+from stillframe.engine.telemetry import Telemetry
 from stillframe.guest.connection import AgentConnection
 from stillframe.images.boot import BootPair, build_boot_pair, load_boot_pair
 from stillframe.images.library import ImageLibrary
@@ -87,6 +88,7 @@ class Context:
         self.images = images
         self.now = now
         self.new_id = make_id
+        self.telemetry = Telemetry(records.instances.values, records.snapshots.values)
         self.live: dict[str, LiveInstance] = {}
         self.starts = asyncio.Semaphore(settings.max_concurrent_starts)
         self.snapshot_users: Counter[str] = Counter()
