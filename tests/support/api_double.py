@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -21,10 +21,13 @@ from stillframe.engine.interface import (
     CreateRequest,
     EngineInterface,
     ExecRequest,
+    ForkOutcome,
+    ForkRequest,
     ReadEntry,
     WaitResult,
+    WarmStatus,
 )
-from stillframe.model.errors import NotFound
+from stillframe.model.errors import NotFound, StillframeError
 from stillframe.model.states import InstanceState
 from stillframe.model.values import (
     Hypervisor,
@@ -130,7 +133,8 @@ class DoubleSession:
 class DoubleEngine:
     """Answers from what the test put in; ``calls`` is what was asked of it.
 
-    An error in ``failures`` under a method's name is raised by that method.
+    An error in ``failures`` under a method's name is raised by that method, one in
+    ``failed_forks`` under a fork's name is the outcome of that fork.
     """
 
     instances: list[Instance] = field(default_factory=lambda: [instance()])
@@ -138,6 +142,8 @@ class DoubleEngine:
     images: list[Image] = field(default_factory=lambda: [image()])
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     failures: dict[str, BaseException] = field(default_factory=dict)
+    failed_forks: dict[str, StillframeError] = field(default_factory=dict)
+    warm: WarmStatus = field(default_factory=lambda: WarmStatus(target=0, ready=0))
     lines: list[str] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
     entries: list[ReadEntry] = field(default_factory=list)
@@ -239,6 +245,34 @@ class DoubleEngine:
         made = snapshot(self.find_instance(instance_id), name=options["name"], kind=options["kind"])
         self.snapshots.append(made)
         return made
+
+    async def fork_snapshot(self, snapshot_id: str, request: ForkRequest) -> Instance:
+        self._note("fork_snapshot", snapshot_id, request)
+        return instance(request.name, state=request.target_state or InstanceState.RUNNING)
+
+    async def fork_many(
+        self, snapshot_id: str, requests: Sequence[ForkRequest]
+    ) -> list[ForkOutcome]:
+        self._note("fork_many", snapshot_id, requests)
+        return [
+            ForkOutcome(request.name, error=error)
+            if (error := self.failed_forks.get(request.name))
+            else ForkOutcome(request.name, await self.fork_snapshot(snapshot_id, request))
+            for request in requests
+        ]
+
+    def warm_status(self, snapshot_id: str) -> WarmStatus:
+        self._note("warm_status", snapshot_id)
+        return self.warm
+
+    async def set_warm(self, snapshot_id: str, count: int) -> WarmStatus:
+        self._note("set_warm", snapshot_id, count)
+        self.warm = replace(self.warm, target=count, filling=max(0, count - self.warm.ready))
+        return self.warm
+
+    def metrics(self) -> bytes:
+        self._note("metrics")
+        return b"# TYPE stillframe_snapshots gauge\nstillframe_snapshots 1.0\n"
 
     async def pull_image(self, name: str, **options: Any) -> Image:
         self._note("pull_image", name, **options)

@@ -39,10 +39,13 @@ def snapshot(id: str, name: str, source: str) -> dict[str, Any]:
 
 
 class Stub:
-    """Answers by (method, path without query), and what it was asked."""
+    """Answers by (method, path without query), and what it was asked.
+
+    A list of answers is given one after the other.
+    """
 
     def __init__(self) -> None:
-        self.answers: dict[tuple[str, str], tuple[int, Any]] = {}
+        self.answers: dict[tuple[str, str], tuple[int, Any] | list[tuple[int, Any]]] = {}
         self.asked: list[tuple[str, str, Any]] = []
         self.tokens: list[str] = []
         stub = self
@@ -57,14 +60,15 @@ class Stub:
                 stub.tokens.append(self.headers["authorization"].removeprefix("Bearer "))
                 path = self.path.partition("?")[0]
                 missing = (404, {"code": "not_found", "message": "resource not found"})
-                status, value = stub.answers.get((self.command, path), missing)
+                answer = stub.answers.get((self.command, path), missing)
+                status, value = answer.pop(0) if isinstance(answer, list) else answer
                 data = b"" if value is None else json.dumps(value).encode()
                 self.send_response(status)
                 self.send_header("content-length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
 
-            do_GET = do_POST = do_DELETE = answer
+            do_GET = do_POST = do_PUT = do_DELETE = answer
 
             def log_message(self, format: str, *args: object) -> None:
                 """Keep quiet."""
@@ -204,11 +208,149 @@ def test_a_snapshot_name_of_two_sources_is_ambiguous(stub: Stub) -> None:
     assert [method for method, _, _ in stub.asked] == ["GET"]
 
 
-def test_a_fork_for_each_name(stub: Stub) -> None:
+def outcomes(*names: str, failed: str = "") -> dict[str, Any]:
+    """The server's answer to many forks; the one named ``failed`` could not be made."""
+    error = {
+        "code": "conflict", "message": "taken", "details": [{"code": "hint", "message": "rename"}],
+    }  # fmt: skip
+    made = [
+        {"name": n, "error": error} if n == failed else {"name": n, "instance": instance(n, n * 3)}
+        for n in names
+    ]
+    return {"outcomes": made, "succeeded": len(made) - bool(failed), "failed": int(bool(failed))}
+
+
+@pytest.fixture
+def nightly(stub: Stub) -> Stub:
+    """The stub with a snapshot ``nightly`` of ``web``, whose id is s1."""
     stub.answers["GET", "/snapshots"] = (200, [snapshot("s1", "nightly", "web")])
-    stub.answers["POST", "/snapshots/s1/fork"] = (201, instance("any", "b" * 24))
-    assert on(stub, "snapshot", "fork", "nightly", "one", "two").returncode == 0
-    assert [body["name"] for _, _, body in stub.asked[1:]] == ["one", "two"]
+    return stub
+
+
+def test_one_fork_is_the_contracts_request(nightly: Stub) -> None:
+    nightly.answers["POST", "/snapshots/s1/fork"] = (201, instance("one", "b" * 24))
+    done = on(nightly, "snapshot", "fork", "nightly", "one", "--state", "Running", "--tag", "a=b",
+              "--env", "K=V", "--env", "L=")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert nightly.asked[-1][2] == {
+        "name": "one", "target_state": "Running", "tags": {"a": "b"}, "env": {"K": "V", "L": ""},
+    }  # fmt: skip
+    assert done.stdout.splitlines()[1].split() == ["one", "b" * 24, "Running"]
+    shown = json.loads(on(nightly, "snapshot", "fork", "nightly", "one", "--json").stdout)
+    assert shown == [{"name": "one", "instance": instance("one", "b" * 24)}]
+    assert nightly.asked[-1][2] == {"name": "one"}
+
+
+def test_a_fork_for_each_name_in_one_request(nightly: Stub) -> None:
+    nightly.answers["POST", "/snapshots/s1/forks"] = (201, outcomes("one", "two"))
+    done = on(nightly, "snapshot", "fork", "nightly", "one", "two", "--state", "Stopped")
+    assert done.returncode == 0, done.stderr
+    assert [row.split()[0] for row in done.stdout.splitlines()] == ["NAME", "one", "two"]
+    assert [body for _, _, body in nightly.asked[1:]] == [
+        {"count": 2, "overrides": [{"name": "one"}, {"name": "two"}], "target_state": "Stopped"}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "prefix"), [((), "web"), (("--prefix", "job"), "job")], ids=["source", "given"]
+)
+def test_forks_by_number(nightly: Stub, options: tuple[str, ...], prefix: str) -> None:
+    nightly.answers["POST", "/snapshots/s1/forks"] = (201, outcomes("x", "y", "z"))
+    done = on(nightly, "snapshot", "fork", "s1", "--count", "3", *options, "--tag", "a=b", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == outcomes("x", "y", "z")["outcomes"]
+    assert nightly.asked[-1][2] == {"count": 3, "name_prefix": prefix, "tags": {"a": "b"}}
+
+
+def test_forks_that_failed_are_told_and_the_others_shown(nightly: Stub) -> None:
+    nightly.answers["POST", "/snapshots/s1/forks"] = (201, outcomes("a", "b", "c", failed="b"))
+    done = on(nightly, "snapshot", "fork", "nightly", "a", "b", "c")
+    assert done.returncode == 1
+    assert done.stderr == "error: b: taken (hint: rename)\n"
+    assert [row.split() for row in done.stdout.splitlines()[1:]] == [
+        ["a", "aaa", "Running"], ["b", "-", "failed"], ["c", "ccc", "Running"]
+    ]  # fmt: skip
+    done = on(nightly, "snapshot", "fork", "nightly", "a", "b", "c", "--json")
+    assert done.returncode == 1
+    assert ["instance" in outcome for outcome in json.loads(done.stdout)] == [True, False, True]
+
+
+def test_no_fork_made_tells_why_for_each(nightly: Stub) -> None:
+    details = [{"code": "conflict", "message": f"web-{n}: taken: (hint: rename)"} for n in (1, 2)]
+    refusal = {"code": "conflict", "message": "no fork was made: taken", "details": details}
+    nightly.answers["POST", "/snapshots/s1/forks"] = (409, refusal)
+    done = on(nightly, "snapshot", "fork", "nightly", "--count", "2", "--json")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: web-1: taken: (hint: rename)", "error: web-2: taken: (hint: rename)"
+    ]  # fmt: skip
+    assert json.loads(done.stdout) == [
+        {"name": f"web-{n}", "error": {"code": "conflict", "message": "taken: (hint: rename)"}}
+        for n in (1, 2)
+    ]
+
+
+def test_a_refused_request_for_forks_is_one_line(nightly: Stub) -> None:
+    details = [{"code": "body.count", "message": "too many"}]
+    refusal = {"code": "Bad Request", "message": "body.count: too many", "details": details}
+    nightly.answers["POST", "/snapshots/s1/forks"] = (400, refusal)
+    done = on(nightly, "snapshot", "fork", "nightly", "--count", "2")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: body.count: too many\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("one", "--count", "2"),
+        ("one", "--prefix", "p"),
+        ("--count", "0"),
+        ("--count", "1001"),
+        ("--prefix", "p"),
+    ],
+)
+def test_names_and_a_count_exclude_each_other(nightly: Stub, arguments: tuple[str, ...]) -> None:
+    assert on(nightly, "snapshot", "fork", "nightly", *arguments).returncode == 2
+    assert nightly.asked == []
+
+
+def warm(target: int, ready: int, filling: int = 0, **more: str) -> tuple[int, dict[str, Any]]:
+    """An answer about warm forks, which hold 1 MiB each."""
+    memory = ready * 2**20
+    return 200, {
+        "target": target, "ready": ready, "filling": filling, "memory_bytes": memory, **more
+    }  # fmt: skip
+
+
+def test_warm_forks_are_shown_and_set(nightly: Stub) -> None:
+    nightly.answers["GET", "/snapshots/s1/warm"] = warm(3, 2, 1)
+    done = on(nightly, "snapshot", "warm", "nightly")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].split() == ["3", "2", "1", "2.0", "MB", "-"]
+    nightly.answers["PUT", "/snapshots/s1/warm"] = warm(0, 0)
+    done = on(nightly, "snapshot", "warm", "s1", "0", "--json")
+    assert json.loads(done.stdout) == warm(0, 0)[1]
+    assert nightly.asked[-1] == ("PUT", "/snapshots/s1/warm", {"count": 0})
+    assert on(nightly, "snapshot", "warm", "s1", "1001").returncode == 2
+
+
+def test_warm_waits_until_all_are_ready(nightly: Stub) -> None:
+    nightly.answers["PUT", "/snapshots/s1/warm"] = warm(2, 0, 2)
+    nightly.answers["GET", "/snapshots/s1/warm"] = [warm(2, 1, 1, limited_by="busy"), warm(2, 2)]
+    done = on(nightly, "snapshot", "warm", "nightly", "2", "--wait", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == warm(2, 2)[1]
+    assert [method for method, _, _ in nightly.asked] == ["GET", "PUT", "GET", "GET"]
+
+
+def test_warm_ends_its_wait_when_there_will_be_no_more(nightly: Stub) -> None:
+    limited = warm(5, 2, limited_by="the memory budget is used up")
+    nightly.answers["GET", "/snapshots/s1/warm"] = [warm(5, 1, 1), limited]
+    done = on(nightly, "snapshot", "warm", "nightly", "--wait")
+    assert done.returncode == 1
+    assert done.stderr == "error: 2 of 5 forks are ready: the memory budget is used up\n"
+    assert "the memory budget is used up" in done.stdout
 
 
 def test_the_local_server_is_found_by_its_data_directory(stub: Stub, tmp_path: Path) -> None:

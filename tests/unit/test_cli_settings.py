@@ -44,6 +44,7 @@ def test_tables_of_the_file_and_their_variables(tmp_path: Path) -> None:
         ("[limits]\nmax_vcpus = true", "limits.max_vcpus"),
         ("default_hypervisor = 'xen'", "default_hypervisor"),
         ("data_dir = 7", "data_dir"),
+        ("metrics_listen = false", "metrics_listen"),
         ("[limits]\nmax_disks = 7", "limits.max_disks"),
     ],
 )
@@ -68,6 +69,14 @@ def test_a_missing_file_that_was_asked_for_is_an_error(tmp_path: Path) -> None:
 def test_broken_toml_says_where(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="line 1"):
         load_settings(config=write(tmp_path, "listen = = 1"), environment={}, flags={})
+
+
+def test_the_metrics_listener_is_off_unless_it_has_an_address(tmp_path: Path) -> None:
+    assert load_settings(environment={}, flags={}).metrics_listen == ""
+    file = write(tmp_path, 'metrics_listen = "127.0.0.1:9464"\n')
+    assert load_settings(config=file, environment={}).metrics_listen == "127.0.0.1:9464"
+    off = load_settings(config=file, environment={}, flags={"metrics_listen": ""})
+    assert off.metrics_listen == ""
 
 
 def test_paths_come_as_texts_and_as_paths(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """What is turned away before any route sees it: oversized bodies and smuggled slashes.
 
 Also the parts of a request that FastAPI does not read by itself: the engine, and
-``tags[key]=value`` filters (contract section 1.2).
+``tags[key]=value`` filters (contract section 1.2); and the listener that answers ``/metrics`` alone
+(section 1.3).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from fastapi import Depends
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stillframe.api.errors import deny
@@ -21,6 +23,8 @@ from stillframe.engine.interface import EngineInterface
 from stillframe.model.errors import InvalidRequest
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
+# The version of the format is part of its name (Prometheus' exposition formats).
+METRICS_TYPE = "text/plain; version=0.0.4"
 UPLOAD_PATHS = frozenset({"/images/import"})
 _TAG_KEY = re.compile(r"tags\[(.*)\]", re.DOTALL)
 _TOO_LARGE = f"the body exceeds {MAX_BODY_BYTES} bytes"
@@ -82,6 +86,28 @@ class Border:
             await deny(body, 413, scope, receive, send)
         else:
             await self._app(scope, _counted(receive), send)
+
+
+class MetricsListener:
+    """ASGI middleware: what comes in at ``address`` (host, port) may read ``/metrics``, no more.
+
+    No token is asked for there, so the address must be one that only this machine reaches.
+    """
+
+    def __init__(self, app: ASGIApp, engine: EngineInterface, address: tuple[str, int]) -> None:
+        self._app, self._engine, self._address = app, engine, address
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer here, or pass on what came in elsewhere."""
+        # The server takes this from the socket; no header of the request can change it.
+        if scope["type"] == "lifespan" or tuple(scope.get("server") or ()) != self._address:
+            await self._app(scope, receive, send)
+        elif scope.get("method") not in ("GET", "HEAD") or scope["path"] != "/metrics":
+            body = Error(code="not_found", message="only GET /metrics is answered here")
+            await deny(body, 404, scope, receive, send)
+        else:
+            answer = Response(self._engine.metrics(), media_type=METRICS_TYPE)
+            await answer(scope, receive, send)
 
 
 def _smuggles_slash(scope: Scope) -> bool:

@@ -85,8 +85,8 @@ def blot(text: str, private: Iterable[str]) -> str:
     return text
 
 
-def error_response(connection: HTTPConnection, error: StillframeError) -> JSONResponse:
-    """The HTTP answer for an error. Failures of the host are logged under a reference."""
+def report(connection: HTTPConnection, error: StillframeError) -> Error:
+    """The body for an error. Failures of the host are logged under a reference that it names."""
     body = describe(error, private_texts(connection))
     if isinstance(error, HostFailure):
         reference = secrets.token_hex(6)
@@ -95,6 +95,14 @@ def error_response(connection: HTTPConnection, error: StillframeError) -> JSONRe
             *(body.details or []),
             ErrorDetail(code="reference", message=reference),
         ]
+    return body
+
+
+def error_response(
+    connection: HTTPConnection, error: StillframeError, body: Error | None = None
+) -> JSONResponse:
+    """The HTTP answer for an error; ``body`` takes the place of the error's own report."""
+    body = report(connection, error) if body is None else body
     headers = _retry_advice(connection, error)
     if isinstance(error, Unauthorized):
         headers = {**headers, "WWW-Authenticate": "Bearer"}
@@ -173,9 +181,14 @@ def contract_codes(codes: Mapping[type[StillframeError], str]) -> Iterator[None]
     """Give errors of these classes the code the contract wants for this operation (section 5)."""
     try:
         yield
-    except tuple(codes) as error:
-        error.code = next(code for kind, code in codes.items() if isinstance(error, kind))
+    except StillframeError as error:
+        recode(error, codes)
         raise
+
+
+def recode(error: StillframeError, codes: Mapping[type[StillframeError], str]) -> None:
+    """Give the error the code of its class in ``codes``, if it has one there."""
+    error.code = next((code for kind, code in codes.items() if isinstance(error, kind)), error.code)
 
 
 class Boundary:

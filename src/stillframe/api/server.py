@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import ipaddress
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 import stillframe
 from stillframe.engine.interface import EngineInterface
@@ -45,11 +47,13 @@ _KEEP_ALIVE_SECONDS = 30
 class ServerOptions:
     """What the server needs beside the engine's settings.
 
-    ``listen`` is ``host:port`` (port 0: any free one); ``log_format`` is ``plain`` or ``json``;
-    ``log_level`` a name of the logging module in lower case.
+    ``listen`` is ``host:port`` (port 0: any free one); ``metrics_listen`` another one on a loopback
+    address, which answers ``/metrics`` without a token (empty: there is none); ``log_format`` is
+    ``plain`` or ``json``; ``log_level`` a name of the logging module in lower case.
     """
 
     listen: str
+    metrics_listen: str = ""
     log_format: str = "plain"
     log_level: str = "info"
 
@@ -57,8 +61,9 @@ class ServerOptions:
 def run(settings: EngineSettings, options: ServerOptions) -> None:
     """Serve until SIGTERM or SIGINT; VMs run on afterwards.
 
-    Raises Conflict when another server holds the data directory or the port, HostFailure when
-    the directory cannot be used, and whatever the engine's ``open`` raises.
+    Raises Conflict when another server holds the data directory or a port, InvalidRequest for a
+    bad address, HostFailure when the directory cannot be used, and whatever the engine's ``open``
+    raises.
     """
     started = time.monotonic()
     os.umask(0o077)
@@ -68,10 +73,12 @@ def run(settings: EngineSettings, options: ServerOptions) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock_data_dir(data_dir))
         secret = load_or_create_secret(data_dir)
-        listener = stack.enter_context(bind(options.listen))
+        listeners = [stack.enter_context(bind(options.listen))]
+        if options.metrics_listen:
+            listeners.append(stack.enter_context(bind_metrics(options.metrics_listen)))
         # A stop signal during recovery cancels the main task; the stack below has undone its work.
         with contextlib.suppress(asyncio.CancelledError):
-            asyncio.run(_main(settings, secret, listener, started))
+            asyncio.run(_main(settings, secret, listeners, started))
 
 
 @contextlib.contextmanager
@@ -125,14 +132,14 @@ def load_or_create_secret(data_dir: Path) -> bytes:
     return secret
 
 
-def bind(listen: str) -> socket.socket:
-    """A listening TCP socket on ``host:port`` (``[v6]:port`` too).
+def bind(listen: str, setting: str = "listen") -> socket.socket:
+    """A listening TCP socket on ``host:port`` (``[v6]:port`` too), the value of ``setting``.
 
     Raises InvalidRequest for a malformed address, Conflict when it is taken.
     """
     host, separator, port = listen.rpartition(":")
     if not separator or not port.isdecimal() or int(port) > 65535:
-        raise InvalidRequest(f"invalid listen address {listen!r}", hint="write 127.0.0.1:4973")
+        raise InvalidRequest(f"invalid {setting} address {listen!r}", hint="write 127.0.0.1:4973")
     host = host.removeprefix("[").removesuffix("]") or "127.0.0.1"
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -144,8 +151,24 @@ def bind(listen: str) -> socket.socket:
         listener.close()
         raise Conflict(
             f"cannot listen on {listen}: {error.strerror or error}",
-            hint="choose another address with --listen or STILLFRAME_LISTEN",
+            hint=f"choose another address with --{setting.replace('_', '-')} "
+            f"or STILLFRAME_{setting.upper()}",
         ) from error
+    return listener
+
+
+def bind_metrics(listen: str) -> socket.socket:
+    """A listening socket for ``/metrics`` without a token, on a loopback address.
+
+    Raises InvalidRequest for any other address, and what ``bind`` raises.
+    """
+    listener = bind(listen, "metrics_listen")
+    if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        listener.close()
+        raise InvalidRequest(
+            f"metrics_listen asks for no token, so {listen} must be a loopback address",
+            hint="use 127.0.0.1:9464; from elsewhere read /metrics of the API, with a token",
+        )
     return listener
 
 
@@ -203,9 +226,8 @@ class _Server(uvicorn.Server):
 
 
 async def _main(
-    settings: EngineSettings, secret: bytes, listener: socket.socket, started: float
+    settings: EngineSettings, secret: bytes, listeners: list[socket.socket], started: float
 ) -> None:
-    from stillframe.api.app import create_app
     from stillframe.engine.engine import Engine
     from stillframe.vmm.drivers import make_drivers
 
@@ -231,16 +253,8 @@ async def _main(
     async with AsyncExitStack() as stack:
         stack.push_async_callback(engine.close)
         await engine.open()
-        app = create_app(
-            engine,
-            jwt_secret=secret,
-            version=stillframe.__version__,
-            default_hypervisor=settings.default_hypervisor,
-            upload_dir=settings.data_dir,
-            private_paths=(settings.data_dir,),
-        )
         config = uvicorn.Config(
-            app,
+            _application(settings, engine, secret, listeners[1:]),
             log_config=None,
             access_log=logging.getLogger().isEnabledFor(logging.DEBUG),
             timeout_graceful_shutdown=_GRACE_SECONDS,
@@ -249,15 +263,45 @@ async def _main(
             ws="websockets-sansio",
             ws_max_size=1024 * 1024,
         )
-        url = _url(listener)
+        urls = [_url(listener) for listener in listeners]
         stack.callback((settings.data_dir / "server.json").unlink, missing_ok=True)
-        server = _Server(config, lambda: _announce(settings, engine, url, started))
-        await server.serve(sockets=[listener])
+        server = _Server(config, lambda: _announce(settings, engine, urls, started))
+        await server.serve(sockets=listeners)
         _LOG.info("stopping; instances run on")
 
 
-def _announce(settings: EngineSettings, engine: EngineInterface, url: str, started: float) -> None:
+def _application(
+    settings: EngineSettings,
+    engine: EngineInterface,
+    secret: bytes,
+    for_metrics: Sequence[socket.socket],
+) -> ASGIApp:
+    """The API, behind what answers at the listener for metrics if there is one."""
+    from stillframe.api.app import create_app
+    from stillframe.api.border import MetricsListener
+
+    app: ASGIApp = create_app(
+        engine,
+        jwt_secret=secret,
+        version=stillframe.__version__,
+        default_hypervisor=settings.default_hypervisor,
+        upload_dir=settings.data_dir,
+        private_paths=(settings.data_dir,),
+    )
+    for listener in for_metrics:
+        host, port = listener.getsockname()[:2]
+        app = MetricsListener(app, engine, (host, port))
+    return app
+
+
+def _announce(
+    settings: EngineSettings, engine: EngineInterface, urls: Sequence[str], started: float
+) -> None:
+    url, *for_metrics = urls
     record = {"url": url, "pid": os.getpid(), "version": stillframe.__version__}
+    for metrics_url in for_metrics:
+        record["metrics_url"] = f"{metrics_url}/metrics"
+        _LOG.info("metrics on %s/metrics", metrics_url)
     _write_private(settings.data_dir / "server.json", json.dumps(record) + "\n")
     instances = len(engine.list_instances())
     took = (time.monotonic() - started) * 1000

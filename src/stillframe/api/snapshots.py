@@ -1,4 +1,4 @@
-"""Snapshots: capture, restore in place, fork (contract section 2.1)."""
+"""Snapshots: capture and restore in place (contract section 2.1)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,9 @@ from stillframe.api.schemas.instances import InstanceAnswer
 from stillframe.api.schemas.snapshots import (
     SnapshotAnswer,
     SnapshotCreateBody,
-    SnapshotForkBody,
     SnapshotRestoreBody,
 )
-from stillframe.engine.interface import ForkRequest
 from stillframe.model.errors import InvalidRequest, InvalidState, NameConflict, StillframeError
-from stillframe.model.states import InstanceState
 from stillframe.model.units import check_name, check_tags
 from stillframe.model.values import SnapshotKind
 
@@ -28,7 +25,7 @@ router = APIRouter(route_class=ScopedRoute, tags=["snapshots"])
 
 _LISTING: dict[str, Any] = {**needs("snapshot:read"), "parameters": [TAGS_QUERY]}
 # Section 5: here a wrong state and a taken name are both called "conflict".
-_CONFLICTS: dict[type[StillframeError], str] = {InvalidState: "conflict", NameConflict: "conflict"}
+CONFLICTS: dict[type[StillframeError], str] = {InvalidState: "conflict", NameConflict: "conflict"}
 
 
 @router.post(
@@ -49,7 +46,7 @@ async def create_snapshot(engine: Engine, id: str, body: SnapshotCreateBody) -> 
             "a Stopped snapshot holds no memory to compress", hint="leave compression out"
         )
     instance = engine.find_instance(id)
-    with contract_codes(_CONFLICTS):
+    with contract_codes(CONFLICTS):
         snapshot = await engine.snapshot(
             instance.id, kind=body.kind, name=body.name, tags=tags, compression=compression
         )
@@ -71,7 +68,7 @@ async def restore_snapshot(
     restored = await engine.restore_snapshot(
         instance.id,
         snapshot.id,
-        target_state=InstanceState(body.target_state) if body.target_state else None,
+        target_state=body.state(),
         target_hypervisor=body.target_hypervisor,
     )
     return InstanceAnswer.of(restored).response()
@@ -118,26 +115,3 @@ async def delete_snapshot(engine: Engine, snapshot_id: str) -> Response:
     """Delete a snapshot; its forks and its source go on unharmed."""
     await engine.delete_snapshot(engine.find_snapshot(snapshot_id).id)
     return Response(status_code=204)
-
-
-@router.post(
-    "/snapshots/{snapshot_id}/fork",
-    status_code=201,
-    response_model=InstanceAnswer,
-    responses=problems(404, 409, 501),
-    openapi_extra=needs("snapshot:write"),
-)
-async def fork_snapshot(engine: Engine, snapshot_id: str, body: SnapshotForkBody) -> JSONResponse:
-    """Make a new instance from a snapshot, whose source may be gone."""
-    check_name(body.name)
-    snapshot = engine.find_snapshot(snapshot_id)
-    with contract_codes(_CONFLICTS):
-        fork = await engine.fork_snapshot(
-            snapshot.id,
-            ForkRequest(
-                body.name,
-                target_state=InstanceState(body.target_state) if body.target_state else None,
-                target_hypervisor=body.target_hypervisor,
-            ),
-        )
-    return InstanceAnswer.of(fork).response(201)

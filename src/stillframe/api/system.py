@@ -1,14 +1,14 @@
-"""Health and capabilities (contract section 3.7)."""
+"""Health and capabilities (contract section 3.7), and the measurements."""
 
 from __future__ import annotations
 
 import platform
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from stillframe.api.auth import ScopedRoute, needs
-from stillframe.api.border import Engine
+from stillframe.api.border import METRICS_TYPE, Engine
 from stillframe.api.errors import blot, private_texts, problems
 from stillframe.api.schemas.system import (
     Capabilities,
@@ -68,6 +68,17 @@ async def capabilities(request: Request, engine: Engine) -> JSONResponse:
         images=ImagesInfo(default_platform=f"linux/{arch}", platforms=[f"linux/{arch}"]),
         features=list(_FEATURES),
     ).response()
+
+
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    responses=problems(),
+    openapi_extra=needs("resource:read"),
+)
+async def metrics(engine: Engine) -> PlainTextResponse:
+    """All measurements in Prometheus' text format."""
+    return PlainTextResponse(engine.metrics(), media_type=METRICS_TYPE)
 
 
 def _default(runtimes: list[Runtime], wanted: str | None) -> DefaultRuntime:

@@ -213,7 +213,8 @@ class Client:
 def error_from_answer(status: int, content: bytes, path: str = "") -> StillframeError:
     """The error an answer stands for: its class by status, code, message and hint by the body.
 
-    The contract's message for an unknown instance does not name it; the request's path does.
+    The body's ``details`` are kept as a fact of that name. The contract's message for an unknown
+    instance does not name it; the request's path does.
     """
     try:
         body = json.loads(content)
@@ -231,7 +232,7 @@ def error_from_answer(status: int, content: bytes, path: str = "") -> Stillframe
     if message == "resource not found" and path.startswith("/instances/"):
         message = f"no instance {unquote(path.split('/')[2])!r}"
         hint = "`stillframe ps` lists them"
-    return kind(message, code=body.get("code"), hint=hint)
+    return kind(message, code=body.get("code"), hint=hint, details=details)
 
 
 def instance_path(reference: str, *more: str) -> str:

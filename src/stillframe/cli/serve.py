@@ -20,6 +20,9 @@ from stillframe.model.units import parse_duration
 def serve(
     context: typer.Context,
     listen: Annotated[str | None, typer.Option("--listen", help="HOST:PORT; port 0: any.")] = None,
+    metrics_listen: Annotated[
+        str | None, typer.Option("--metrics-listen", help="HOST:PORT for /metrics alone, no token.")
+    ] = None,
     data_dir: Annotated[Path | None, typer.Option("--data-dir")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="A TOML file.")] = None,
     hypervisor: Annotated[str | None, typer.Option("--hypervisor", help="The default one.")] = None,
@@ -35,6 +38,7 @@ def serve(
         config=config or client.config,
         flags={
             "listen": listen,
+            "metrics_listen": metrics_listen,
             "data_dir": data_dir or client.data_dir,
             "default_hypervisor": hypervisor,
             "accelerator": accelerator,
@@ -85,6 +89,9 @@ def _run_server(settings: Settings) -> None:
             max_concurrent_starts=settings.max_concurrent_starts,
         ),
         ServerOptions(
-            listen=settings.listen, log_format=settings.log_format, log_level=settings.log_level
+            listen=settings.listen,
+            metrics_listen=settings.metrics_listen,
+            log_format=settings.log_format,
+            log_level=settings.log_level,
         ),
     )

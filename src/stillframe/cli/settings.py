@@ -28,7 +28,8 @@ class Settings:
     """All settings, checked. Sizes are bytes.
 
     ``kernel_dir``, ``agent_binary`` and ``tracker_library`` are where they were found, or where
-    they are looked for first when they are nowhere.
+    they are looked for first when they are nowhere. An empty ``metrics_listen`` turns that
+    listener off.
     """
 
     data_dir: Path
@@ -36,6 +37,7 @@ class Settings:
     agent_binary: Path
     tracker_library: Path
     listen: str = DEFAULT_LISTEN
+    metrics_listen: str = ""
     default_hypervisor: Hypervisor = Hypervisor.QEMU
     qemu_binary: str = "qemu-system-x86_64"
     accelerator: str = "auto"
@@ -54,6 +56,10 @@ def _text(value: Any) -> str:
     if isinstance(value, str) and value.strip():
         return value.strip()
     raise InvalidRequest("must be a non-empty text")
+
+
+def _text_or_nothing(value: Any) -> str:
+    return "" if value == "" else _text(value)
 
 
 def _path(value: Any) -> Path:
@@ -91,6 +97,7 @@ def _hypervisor(value: Any) -> Hypervisor:
 KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "data_dir": ("data_dir", _path),
     "listen": ("listen", _text),
+    "metrics_listen": ("metrics_listen", _text_or_nothing),
     "default_hypervisor": ("default_hypervisor", _hypervisor),
     "qemu_binary": ("qemu_binary", _text),
     "accelerator": ("accelerator", _one_of("auto", "kvm", "tcg")),

@@ -1,7 +1,11 @@
-"""``stillframe snapshot``: create, list, get, rm, restore, fork. Names work wherever ids do."""
+"""``stillframe snapshot``: create, list, get, rm, restore, fork, warm.
+
+Names work wherever ids do.
+"""
 
 from __future__ import annotations
 
+import threading
 from typing import Annotated, Any
 
 import typer
@@ -10,12 +14,17 @@ from stillframe.cli import output
 from stillframe.cli.client import Client, instance_path, parse_pairs
 from stillframe.cli.instances import Compression, compression_body
 from stillframe.cli.output import JsonFlag
+from stillframe.model.errors import HostFailure, StillframeError
 from stillframe.model.units import format_size
 from stillframe.model.values import SnapshotKind
 
 app = typer.Typer(help="Snapshots: write-once captures of instances.", no_args_is_help=True)
 Snapshot = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="Id, name or unique prefix.")]
 _COLUMNS = ("NAME", "ID", "STATE")
+_MOST = 1000
+# Between two looks at forks that are being made ready, which takes a second or so for each.
+_LOOK_SECONDS = 0.25
+Tags = Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="KEY=VALUE")]
 TargetState = Annotated[str | None, typer.Option("--state", help="Stopped, Standby or Running.")]
 
 
@@ -28,7 +37,7 @@ def create(
         SnapshotKind | None, typer.Option("--kind", help="Default: by the instance's state.")
     ] = None,
     compress: Compression = None,
-    tag: Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="KEY=VALUE")] = None,
+    tag: Tags = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Capture an instance; a running one runs on."""
@@ -53,7 +62,7 @@ def list_(
     context: typer.Context,
     instance: Annotated[str | None, typer.Option("--instance", help="Only of this source.")] = None,
     kind: Annotated[SnapshotKind | None, typer.Option("--kind")] = None,
-    tag: Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="KEY=VALUE")] = None,
+    tag: Tags = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only ids.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -118,18 +127,136 @@ def restore(
 def fork(
     context: typer.Context,
     snapshot: Snapshot,
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="One fork for each name.")],
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="One fork for each name.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option("--count", min=1, max=_MOST, help="So many, numbered from 1.")
+    ] = None,
+    prefix: Annotated[
+        str | None, typer.Option("--prefix", help="Of numbered names; default: the source's name.")
+    ] = None,
+    tag: Tags = None,
+    env: Annotated[list[str] | None, typer.Option("--env", "-e", metavar="KEY=VALUE")] = None,
     state: TargetState = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Make new instances from a snapshot."""
+    """Make new instances from a snapshot; exit 1 if not all could be made."""
+    if bool(names) == (count is not None):
+        raise typer.BadParameter("name the forks, or give --count")
+    if names and prefix is not None:
+        raise typer.BadParameter("--prefix goes with --count")
     client: Client = context.obj
+    wishes: dict[str, Any] = {
+        "target_state": state,
+        "tags": parse_pairs(tag, "--tag") or None,
+        "env": parse_pairs(env, "--env") or None,
+    }
     found = client.find_snapshot(snapshot)
-    with output.answers(_COLUMNS, as_json) as made:
-        for name in names:
-            body = {"name": name, **({"target_state": state} if state else {})}
-            with output.working(f"forking {name}"):
-                made.append(client.request("POST", f"/snapshots/{found['id']}/fork", body=body))
+    if count is not None:
+        prefix = prefix or found["source_instance_name"]
+        names = [f"{prefix}-{number}" for number in range(1, count + 1)]
+        wishes |= {"count": count, "name_prefix": prefix}
+    elif names and len(names) > 1:
+        wishes |= {"count": len(names), "overrides": [{"name": name} for name in names]}
+    body = {key: value for key, value in wishes.items() if value is not None}
+    with output.working(f"forking {snapshot}"):
+        outcomes = _fork(client, f"/snapshots/{found['id']}", names or [], body)
+    output.print_json(outcomes) if as_json else _outcome_table(outcomes)
+    if failed := [outcome for outcome in outcomes if "error" in outcome]:
+        for outcome in failed:
+            output.say(f"error: {outcome['name']}: {_reason(outcome['error'])}")
+        raise typer.Exit(1)
+
+
+def _fork(
+    client: Client, path: str, names: list[str], body: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """One outcome (``instance`` or ``error``) for each name; a body with a count is for many."""
+    if "count" not in body:
+        made = client.request("POST", f"{path}/fork", body={**body, "name": names[0]})
+        return [{"name": names[0], "instance": made}]
+    try:
+        answer = client.request("POST", f"{path}/forks", body=body)
+    except StillframeError as error:
+        outcomes = _none_made(error, names)
+        if not outcomes:
+            raise
+        return outcomes
+    made_or_not: list[dict[str, Any]] = answer["outcomes"]
+    return made_or_not
+
+
+def _none_made(error: StillframeError, names: list[str]) -> list[dict[str, Any]]:
+    """The outcomes in the refusal of many forks; none if the request itself was refused."""
+    details = error.facts.get("details")
+    found = [
+        (detail.get("code"), *str(detail.get("message")).partition(": ")[::2])
+        for detail in (details if isinstance(details, list) else ())
+    ]
+    if [name for _, name, _ in found] != names:
+        return []
+    return [
+        {"name": name, "error": {"code": code, "message": reason}} for code, name, reason in found
+    ]
+
+
+def _reason(error: dict[str, Any]) -> str:
+    """An error body as one line, with its hint if it has one."""
+    hints = [d["message"] for d in error.get("details") or () if d.get("code") == "hint"]
+    return f"{error['message']} (hint: {hints[0]})" if hints else str(error["message"])
+
+
+@app.command()
+def warm(
+    context: typer.Context,
+    snapshot: Snapshot,
+    count: Annotated[
+        int | None,
+        typer.Argument(metavar="N", min=0, max=_MOST, help="So many; 0: none. Default: show."),
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Until they are ready; exit 1 if they cannot be.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Keep forks of a snapshot loaded and waiting, so that a fork only has to go."""
+    client: Client = context.obj
+    path = f"/snapshots/{client.find_snapshot(snapshot)['id']}/warm"
+    if count is None:
+        status = client.request("GET", path)
+    else:
+        status = client.request("PUT", path, body={"count": count})
+    with output.working(f"preparing {status['target']} forks"):
+        while wait and not _settled(status):
+            threading.Event().wait(_LOOK_SECONDS)
+            status = client.request("GET", path)
+    if as_json:
+        output.print_json(status)
+    else:
+        output.print_table(
+            ("TARGET", "READY", "FILLING", "MEMORY", "LIMITED BY"),
+            [(status["target"], status["ready"], status["filling"],
+              format_size(status["memory_bytes"]), status.get("limited_by"))],
+        )  # fmt: skip
+    if wait and status["ready"] < status["target"]:
+        raise HostFailure(
+            f"{status['ready']} of {status['target']} forks are ready: {status['limited_by']}"
+        )
+
+
+def _settled(status: dict[str, Any]) -> bool:
+    """Whether the number of warm forks will not change by itself."""
+    limited = bool(status.get("limited_by")) and not status["filling"]
+    return limited or bool(status["ready"] == status["target"])
+
+
+def _outcome_table(outcomes: list[dict[str, Any]]) -> None:
+    made = [outcome.get("instance") or {"state": "failed"} for outcome in outcomes]
+    output.print_table(
+        _COLUMNS,
+        [(o["name"], i.get("id"), i["state"]) for o, i in zip(outcomes, made, strict=True)],
+    )
 
 
 def _table(snapshots: list[dict[str, Any]]) -> None:

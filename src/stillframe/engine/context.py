@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stillframe.engine.settings import EngineSettings
+from stillframe.engine.telemetry import Telemetry
 from stillframe.guest.connection import AgentConnection
 from stillframe.host.files import supports_reflink
 from stillframe.images.boot import BootPair, build_boot_pair, load_boot_pair
@@ -97,6 +98,7 @@ class Context:
         self.now = now
         self.new_id = make_id
         self.warm: WarmForks  # made by the engine: it knows this context
+        self.telemetry = Telemetry(records.instances.values, records.snapshots.values)
         self.live: dict[str, LiveInstance] = {}
         self.starts = asyncio.Semaphore(settings.max_concurrent_starts)
         self.snapshot_users: Counter[str] = Counter()

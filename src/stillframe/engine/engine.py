@@ -21,6 +21,7 @@ from stillframe.engine.interface import (
     WarmStatus,
 )
 from stillframe.engine.settings import EngineSettings
+from stillframe.engine.telemetry import count_failures
 from stillframe.engine.verbs import (
     create,
     fork,
@@ -50,6 +51,7 @@ from stillframe.vmm.driver import Driver, DriverProbe
 Kept = TypeVar("Kept", Instance, Snapshot, Image)
 
 
+@count_failures
 class Engine:
     """Implements ``EngineInterface``; see there for what each verb does and raises."""
 
@@ -337,6 +339,10 @@ class Engine:
         self.context.images.delete(reference)
 
     # -- host ---------------------------------------------------------------------------------
+    def metrics(self) -> bytes:
+        """All measurements in Prometheus' text format (version 0.0.4)."""
+        return self.context.telemetry.render()
+
     async def probe_drivers(self) -> list[DriverProbe]:
         """What each hypervisor offers here, by name."""
         probes = await asyncio.gather(*(d.probe() for d in self.context.drivers.values()))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from dataclasses import replace
 
 from stillframe.engine.context import Context, LiveInstance, Phases, finish
 from stillframe.engine.machines import attach, check_loadable, end, identify_guest, load
+from stillframe.engine.telemetry import Operation
 from stillframe.host.files import storage_errors
-from stillframe.model.errors import StillframeError
 from stillframe.model.states import InstanceState
 from stillframe.model.values import Instance
 from stillframe.store.paths import Payload
 from stillframe.vmm.driver import Machine
+
+_FORKS = (Operation.FORK, Operation.WARM_FORK, Operation.FORK_INSTANCE)
 
 
 async def load_paused(
@@ -48,8 +51,8 @@ async def run_loaded(
     source: Payload,
     phases: Phases,
     *,
+    operation: Operation,
     fulfils: str | None = None,
-    fork: bool = False,
     note: str,
 ) -> Instance:
     """Run ``instance`` from captured memory; it is Running on return (see ``let_run``).
@@ -59,7 +62,14 @@ async def run_loaded(
     async with contextlib.AsyncExitStack() as undo:
         machine = await load_paused(context, instance, source, phases, undo)
         return await let_run(
-            context, instance, machine, phases, fulfils=fulfils, fork=fork, note=note, undo=undo
+            context,
+            instance,
+            machine,
+            phases,
+            operation=operation,
+            fulfils=fulfils,
+            note=note,
+            undo=undo,
         )
 
 
@@ -69,8 +79,8 @@ async def let_run(
     machine: Machine,
     phases: Phases,
     *,
+    operation: Operation,
     fulfils: str | None = None,
-    fork: bool = False,
     note: str,
     undo: contextlib.AsyncExitStack,
 ) -> Instance:
@@ -80,8 +90,8 @@ async def let_run(
     captured memory believes, so there is no way back to it. ``undo`` is dropped at the commit.
 
     The guest is then made itself (entropy, clock, names) in the background; whoever talks to it
-    by us waits for that (``machines.connect``). A ``fork`` that cannot be made itself is ended:
-    it would go on with its siblings' random numbers.
+    by us waits for that (``machines.connect``). A fork that cannot be made itself is ended: it
+    would go on with its siblings' random numbers.
     """
     running = context.moved(
         instance, InstanceState.RUNNING, process=machine.process, stopped_at=None,
@@ -92,40 +102,39 @@ async def let_run(
     undo.pop_all()
     live = attach(context, running, machine)
     # Greet before the first step: the agent then finds us waiting instead of an empty line.
-    greeting = _greet(context, running, live, phases, fork=fork)
-    live.greeting = context.spawn(greeting, name=f"identify {running.id}")
+    live.greeting = context.spawn(
+        _greet(context, running, live, phases, operation), name=f"identify {running.id}"
+    )
     with phases.measure("resume"):
         await finish(machine.resume())
+    context.spawn(_after_greeting(context, running.id, live, operation), name="after greeting")
+    context.telemetry.observe(operation, phases.total())
     return _remember(context, running, phases, resumed=True)
 
 
 async def _greet(
-    context: Context, instance: Instance, live: LiveInstance, phases: Phases, *, fork: bool
+    context: Context, instance: Instance, live: LiveInstance, phases: Phases, operation: Operation
 ) -> None:
-    try:
-        with phases.measure("identify"):
-            await identify_guest(context, instance, live)
-    except StillframeError as error:
-        # Not here: whoever holds the lock may be waiting for this very guest.
-        context.spawn(
-            _unidentified(context, instance.id, live, error, fork=fork),
-            name=f"unidentified {instance.id}",
-        )
-        raise
+    with phases.measure("identify"):
+        await identify_guest(context, instance, live)
     _remember(context, instance, phases)
+    context.telemetry.observe(operation, {"identify": phases.milliseconds["identify"]})
 
 
-async def _unidentified(
-    context: Context, instance_id: str, live: LiveInstance, error: StillframeError, *, fork: bool
+async def _after_greeting(
+    context: Context, instance_id: str, live: LiveInstance, operation: Operation
 ) -> None:
     """End a fork that could not be made itself; note it of a restored guest, which runs on."""
-    if instance_id not in context.records.instances:
+    assert live.greeting is not None  # noqa: S101 - for the type checker
+    await asyncio.wait([live.greeting])
+    error = None if live.greeting.cancelled() else live.greeting.exception()
+    if error is None or context.closing or instance_id not in context.records.instances:
         return
     async with context.exclusive(instance_id, "identify") as instance:
         if context.live.get(instance_id) is not live or live.ending:
             return
-        reason = f"the guest could not be given an identity of its own: {error.message}"
-        if not fork:
+        reason = f"the guest could not be given an identity of its own: {error}"
+        if operation not in _FORKS:
             context.commit(replace(instance, state_error=reason), note=reason)
             return
         await end(context, instance_id)

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from stillframe.api.schemas.base import Answer, Body, Flag, Int, Name, Tags, Text, utc
 from stillframe.model.errors import InvalidRequest
+from stillframe.model.states import InstanceState
 from stillframe.model.units import parse_duration
 from stillframe.model.values import (
     CompressionAlgorithm,
@@ -107,11 +108,9 @@ class SnapshotRestoreBody(Body):
     target_state: TargetState | None = None
     target_hypervisor: Hypervisor | None = None
 
-
-class SnapshotForkBody(SnapshotRestoreBody):
-    """A wish for a fork of a snapshot."""
-
-    name: Name
+    def state(self) -> InstanceState | None:
+        """The target state, if one is asked for."""
+        return InstanceState(self.target_state) if self.target_state else None
 
 
 class SnapshotAnswer(Answer):

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from stillframe.engine.context import Context
+from stillframe.engine.context import Context, Phases
 from stillframe.engine.interface import CreateRequest
 from stillframe.engine.machines import boot_and_commit
+from stillframe.engine.telemetry import Operation
 from stillframe.host.files import available_bytes, remove_tree, storage_errors
 from stillframe.images.disk import make_overlay_disk
 from stillframe.model.errors import (
@@ -43,15 +44,19 @@ async def create(context: Context, request: CreateRequest) -> Instance:
     _check_command(instance, image)
     if context.records.instance_by_name(request.name) is not None:  # taken while we pulled
         raise _name_taken(request.name)
+    phases = Phases()
     with contextlib.ExitStack() as undo:
         try:
             context.records.reserve_instance(instance, Intent(instance.id, "create", {}))
         except NameConflict as error:
             raise _name_taken(request.name) from error
         undo.callback(context.forget, instance.id)
-        await asyncio.to_thread(_make_disks, context, instance, undo)
-        instance = await boot_and_commit(context, instance, fulfils=instance.id, note="created")
+        with phases.measure("disk"):
+            await asyncio.to_thread(_make_disks, context, instance, undo)
+        with phases.measure("start"):
+            instance = await boot_and_commit(context, instance, fulfils=instance.id, note="created")
         undo.pop_all()
+    context.telemetry.observe(Operation.CREATE, phases.total())
     return instance
 
 

@@ -20,6 +20,7 @@ from stillframe.engine.context import Context, Phases
 from stillframe.engine.interface import ForkOutcome, ForkRequest
 from stillframe.engine.loaded import run_loaded
 from stillframe.engine.machines import boot_and_commit, end
+from stillframe.engine.telemetry import Operation
 from stillframe.engine.verbs.create import check_environment, make_directory
 from stillframe.engine.verbs.standby import enter_standby
 from stillframe.engine.wait import reached
@@ -265,8 +266,10 @@ async def _bring_to(
 ) -> Instance:
     if source.memory is not None and target is InstanceState.RUNNING:
         return await run_loaded(
-            context, child, source.memory, phases, fulfils=child.id, fork=True, note="forked"
-        )
+            context, child, source.memory, phases,
+            operation=Operation.FORK if source.snapshot_id else Operation.FORK_INSTANCE,
+            fulfils=child.id, note="forked",
+        )  # fmt: skip
     if source.memory is not None and target is InstanceState.STANDBY:
         await asyncio.to_thread(_link_standby, context, child, source.memory)
         return _commit_resting(context, child, InstanceState.STANDBY)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from stillframe.engine.context import Context, Phases
 from stillframe.engine.loaded import run_loaded
 from stillframe.engine.machines import boot_and_commit, end
+from stillframe.engine.telemetry import Operation
 from stillframe.engine.verbs.fork import target_hypervisor_of, target_of
 from stillframe.host.files import (
     clone,
@@ -150,7 +151,13 @@ async def _run(
     loaded = payload.memory.exists()
     if target is InstanceState.RUNNING and loaded:
         return await run_loaded(
-            context, restored, payload, phases, fulfils=restored.id, note="snapshot restored"
+            context,
+            restored,
+            payload,
+            phases,
+            operation=Operation.RESTORE_SNAPSHOT,
+            fulfils=restored.id,
+            note="snapshot restored",
         )
     if target is InstanceState.RUNNING:
         return await boot_and_commit(

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from stillframe.engine.capture import capture, manifest_facts
 from stillframe.engine.context import Context, Phases
+from stillframe.engine.telemetry import Operation
 from stillframe.engine.verbs.standby import refuse_compression
 from stillframe.host.files import clone, remove_tree, storage_errors
 from stillframe.model.errors import Conflict, InvalidRequest, NameConflict
@@ -96,6 +97,9 @@ async def _take(context: Context, instance: Instance, wanted: Snapshot) -> Snaps
         except NameConflict as error:
             raise _name_taken(name or "") from error
         undo.pop_all()
+    context.telemetry.observe(Operation.SNAPSHOT, taken.timings_ms)
+    if pause_ms is not None:
+        context.telemetry.observe_pause(pause_ms)
     live = context.live.get(instance.id)
     if live is not None and taken.kind is SnapshotKind.STANDBY:
         live.captured = final.memory

@@ -10,6 +10,7 @@ from stillframe.engine.capture import capture
 from stillframe.engine.context import Context, Phases, finish
 from stillframe.engine.loaded import run_loaded
 from stillframe.engine.machines import end
+from stillframe.engine.telemetry import Operation
 from stillframe.host.files import remove_tree, storage_errors
 from stillframe.model.errors import InvalidState, NotSupported
 from stillframe.model.states import InstanceState, Permission, Verb, permission
@@ -68,6 +69,7 @@ async def enter_standby(context: Context, instance: Instance) -> Instance:
         undo.callback(setattr, live, "ending", False)
         context.commit(asleep, note="in standby")
         undo.pop_all()
+    context.telemetry.observe(Operation.STANDBY, phases.total())
     await finish(end(context, instance.id))
     paths.memory.unlink(missing_ok=True)
     return asleep
@@ -85,6 +87,8 @@ async def restore(context: Context, instance_id: str) -> Instance:
         phases = Phases()
         with phases.measure("check"):
             await asyncio.to_thread(check, paths.standby)
-        restored = await run_loaded(context, instance, paths.standby, phases, note="restored")
+        restored = await run_loaded(
+            context, instance, paths.standby, phases, operation=Operation.RESTORE, note="restored"
+        )
         await asyncio.to_thread(remove_tree, paths.standby.directory)
         return restored

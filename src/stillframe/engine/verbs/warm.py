@@ -18,6 +18,7 @@ from stillframe.engine.context import Context, Phases
 from stillframe.engine.interface import ForkRequest, WarmStatus
 from stillframe.engine.loaded import let_run, load_paused
 from stillframe.engine.machines import end
+from stillframe.engine.telemetry import Operation
 from stillframe.engine.verbs.fork import Source, child_of, make_disks
 from stillframe.host.files import remove_tree
 from stillframe.host.process import private_memory
@@ -65,6 +66,7 @@ class WarmForks:
 
     def open(self) -> None:
         """Begin to fill what the records ask for."""
+        self._context.telemetry.watch_warm(self.statuses)
         self._filler = asyncio.create_task(self._fill_for_ever(), name="fill warm forks")
 
     async def close(self) -> None:
@@ -75,6 +77,15 @@ class WarmForks:
         for snapshot_id in list(self._pools):
             self._drop(snapshot_id, keep=0)
         await self._ended()
+
+    def statuses(self) -> list[WarmStatus]:
+        """The status of every snapshot that has or is to have warm forks."""
+        snapshots = self._context.records.snapshots
+        return [
+            self.status(snapshot)
+            for snapshot in snapshots.values()
+            if snapshot.warm_count or snapshot.id in self._pools
+        ]
 
     def status(self, snapshot: Snapshot) -> WarmStatus:
         """What a snapshot has and is to have."""
@@ -164,7 +175,8 @@ class WarmForks:
             await undo.enter_async_context(warm.undo)
             child = await let_run(
                 self._context, child, warm.machine, phases,
-                fulfils=child.id, fork=True, note="forked (warm)", undo=warm.undo,
+                operation=Operation.WARM_FORK, fulfils=child.id, note="forked (warm)",
+                undo=warm.undo,
             )  # fmt: skip
             undo.pop_all()
         return child
