@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import shutil
 import subprocess
 import uuid
@@ -54,6 +55,12 @@ class Bench:
         self.name = driver.hypervisor.value
         self.directory = directory
         self._pair, self._root = pair, root
+
+    @property
+    def tracks_writes(self) -> bool:
+        """Whether this kernel can track writes to guest memory (Linux 6.7)."""
+        release = platform.release().split(".")
+        return (int(release[0]), int(release[1])) >= (6, 7)
 
     async def spec(self, vcpus: int = 1) -> MachineSpec:
         """The VM's shape, with the accelerator that works here."""
@@ -116,6 +123,7 @@ class Bench:
         with GuestMemory(pid, image) as memory, open_private(home / "memory") as fd:
             assert memory.private_pages().total > 0
             taken = MemoryCapture(memory, fd, incremental=False, buffer_limit=MEMORY)
+            taken.ahead()
             taken.still()
             taken.after()
         root, _, config = resources.disks
@@ -191,7 +199,7 @@ def qemu_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[BootPair, Path
     binaries = home / "root/bin"
     binaries.mkdir(parents=True)
     shutil.copy(find_busybox(), binaries / "busybox")
-    for name in ("sh", "cat", "sleep", "nproc", "reboot", "poweroff"):
+    for name in ("sh", "cat", "sleep", "nproc", "reboot", "poweroff", "sync"):
         (binaries / name).symlink_to("busybox")
     for name in ("dev", "proc", "sys", "etc", "tmp", "run"):
         (home / "root" / name).mkdir()

@@ -17,6 +17,10 @@ from conformance.conftest import Bench
 from stillframe.guest.connection import AgentConnection
 from stillframe.guest.exec import start_exec
 from stillframe.guest.identity import identify, shutdown
+from stillframe.host.capture import MemoryCapture
+from stillframe.host.files import clone, copy_into, create_sparse
+from stillframe.host.image import open_private
+from stillframe.host.memory import GuestMemory
 from stillframe.model.errors import GuestFailure, StillframeError, VmmFailure
 from stillframe.vmm.driver import MachineStatus
 
@@ -83,6 +87,58 @@ async def test_pause_really_stops_the_guest(bench: Bench) -> None:
         await machine.resume()
         assert await machine.status() is MachineStatus.RUNNING
         await counts_on(bench, connection, await bench.counter(connection))
+
+
+async def test_memory_copied_while_the_guest_runs_is_whole(bench: Bench) -> None:
+    async with bench.booted("one") as (machine, resources):
+        async with bench.agent(machine) as connection:
+            await bench.keep(connection, "before")
+            image = bench.directory / "copied"
+            clone(resources.memory_image, image)
+            with (
+                GuestMemory(machine.process.pid, resources.memory_image) as memory,
+                open_private(image) as fd,
+            ):
+                assert memory.tracked == bench.tracks_writes
+                copy = MemoryCapture(memory, fd, incremental=False, buffer_limit=1 << 28)
+                await asyncio.to_thread(copy.ahead)
+                await bench.keep(connection, "meanwhile")
+                await machine.pause()
+                copy.still()
+                copy.after()
+        plain = await bench.capture(machine, resources)
+    assert digest(image) == digest(plain.memory_image)
+
+
+async def test_a_disk_copied_while_the_guest_runs_is_whole(bench: Bench) -> None:
+    async with bench.booted("one") as (machine, resources):
+        disk = resources.disks[1].path
+        copy = bench.directory / "copy"
+        create_sparse(copy, disk.stat().st_size)
+        if not await machine.begin_disk_copy(1, copy):
+            assert bench.name == "fake"
+            await machine.end_disk_copy(1)
+            return
+        copy_into(disk, copy)
+        async with bench.agent(machine) as connection:
+            await bench.run(connection, "/bin/sh", "-c", "echo meanwhile > /kept; sync")
+        await machine.pause()
+        assert digest(copy) != digest(disk)
+        await machine.finish_disk_copy(1)
+        assert digest(copy) == digest(disk)
+        await machine.resume()
+        await machine.end_disk_copy(1)
+        # What a server that died would leave behind is removed by the one that adopts.
+        left = bench.directory / "left"
+        create_sparse(left, disk.stat().st_size)
+        assert await machine.begin_disk_copy(1, left)
+        await machine.close()
+        adopted = await bench.driver.adopt(machine.process, resources)
+        try:
+            held = Path(f"/proc/{machine.process.pid}/fd").iterdir()
+            assert str(left) not in [str(fd.readlink()) for fd in held]
+        finally:
+            await adopted.kill()
 
 
 async def test_two_forks_diverge_and_their_image_does_not_change(bench: Bench) -> None:

@@ -5,7 +5,10 @@ Everything is tried with and without tracking of writes: the first needs Linux 6
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -242,6 +245,63 @@ def test_thousands_of_scattered_pages_are_read_in_their_places(
     report = capture(writer, tmp_path / "captured")
     assert report.written == len(writes) * PAGE
     assert (tmp_path / "captured").read_bytes() == expected(image, *writes)
+
+
+def test_more_runs_than_one_call_of_the_kernel_returns(
+    writer: Writer, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer.write(*((page * PAGE, 1) for page in range(0, 4096, 2)))
+    with GuestMemory(writer.pid, image) as seen:
+        whole = seen.private_pages()
+        assert [start // PAGE for start, _ in whole] == list(range(0, 4096, 2))
+        for calls in (64, 511, 512, 513, 1024, 2048):
+            monkeypatch.setattr(memory, "_REGIONS_PER_CALL", calls)
+            assert seen.private_pages() == whole
+
+
+@pytest.fixture
+def swap(tmp_path: Path) -> Iterator[None]:
+    """Room to swap to, for hosts that have none; needs root."""
+    if os.geteuid() != 0 or shutil.which("swapon") is None:
+        pytest.skip("only root can add swap space")
+    file = tmp_path / "swap"
+    with file.open("wb") as made:
+        os.posix_fallocate(made.fileno(), 0, 64 * MIB)
+    file.chmod(0o600)
+    subprocess.run(["mkswap", str(file)], check=True, capture_output=True)
+    if subprocess.run(["swapon", str(file)], check=False, capture_output=True).returncode:
+        pytest.skip("this file system cannot hold swap space")
+    try:
+        yield
+    finally:
+        subprocess.run(["swapoff", str(file)], check=True)
+
+
+@pytest.mark.usefixtures("swap")
+def test_pages_that_are_swapped_out_are_captured(
+    writer: Writer, image: Path, tmp_path: Path
+) -> None:
+    writes = tuple((page * PAGE, page % 250 + 1) for page in range(1024))
+    writer.write(*writes)
+    (mapping,) = memory.find_mappings(writer.pid, image)
+    page_out(writer.pid, mapping.start, 4 * MIB)
+    swapped = re.search(r"Swap: +(\d+) kB", Path(f"/proc/{writer.pid}/smaps_rollup").read_text())
+    assert swapped is not None
+    assert int(swapped[1]) >= 2048  # most of the four MiB
+    capture(writer, tmp_path / "captured")
+    assert (tmp_path / "captured").read_bytes() == expected(image, *writes)
+
+
+def page_out(pid: int, address: int, length: int) -> None:
+    """process_madvise(2) with MADV_PAGEOUT (21): have the kernel swap these pages out."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    pidfd = os.pidfd_open(pid)
+    try:
+        vector = (ctypes.c_ulong * 2)(address, length)
+        done = libc.syscall(440, pidfd, vector, ctypes.c_ulong(1), 21, 0)
+    finally:
+        os.close(pidfd)
+    assert done == length, os.strerror(ctypes.get_errno())
 
 
 def test_an_image_with_another_name_is_never_written(image: Path, tmp_path: Path) -> None:
