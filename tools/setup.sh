@@ -11,6 +11,7 @@ mkdir -p "$STAMPS"
 PACKAGES=(
     qemu-system-x86 qemu-utils          # the hypervisor
     busybox-static squashfs-tools e2fsprogs  # images and disks
+    xfsprogs                            # a file system that shares blocks, for tests and figures
     musl-tools gcc make                 # the guest agent
     python3-venv                        # the Python environment
     skopeo docker-registry mmdebstrap   # the tests' other side

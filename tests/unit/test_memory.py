@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from stillframe.host import memory
 from stillframe.host.capture import MemoryCapture
-from stillframe.host.files import clone, create_sparse
+from stillframe.host.extents import exclusive_bytes
+from stillframe.host.files import clone, create_sparse, fsync_file
 from stillframe.host.image import WriteReport, open_private
 from stillframe.host.memory import PAGE, GuestMemory
 from stillframe.host.runs import Runs
@@ -245,6 +246,29 @@ def test_thousands_of_scattered_pages_are_read_in_their_places(
     report = capture(writer, tmp_path / "captured")
     assert report.written == len(writes) * PAGE
     assert (tmp_path / "captured").read_bytes() == expected(image, *writes)
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_where_files_share_blocks_a_capture_costs_what_changed(
+    reflink_dir: Path, tracked: bool
+) -> None:
+    image = reflink_dir / "image"
+    create_sparse(image, 64 * MIB)
+    writer = Writer(image, tracked=tracked)
+    try:
+        first = tuple((page * PAGE, 7) for page in range(8192))
+        writer.write(*first)
+        capture(writer, reflink_dir / "first")
+        second = tuple((page * PAGE, 8) for page in range(0, 8192, 8))
+        writer.write(*second)
+        report = capture(writer, reflink_dir / "second", below=reflink_dir / "first")
+        assert (reflink_dir / "second").read_bytes() == expected(image, *first, *second)
+    finally:
+        writer.close()
+    assert report.written == len(second) * PAGE
+    fsync_file(reflink_dir / "second")
+    stored = exclusive_bytes(reflink_dir / "second")
+    assert report.written <= stored <= 1.3 * report.written
 
 
 def test_more_runs_than_one_call_of_the_kernel_returns(

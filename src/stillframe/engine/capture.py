@@ -126,12 +126,12 @@ class _Capture:
                 await self.in_thread(lambda: copy_into(overlay, copy))
             else:
                 copy.unlink()
-        # Stopping a guest flushes its disks: what is flushed now need not be flushed then.
-        await self.in_thread(lambda: fsync_data(overlay))
 
     def memory_ahead(self) -> None:
         """While the guest runs: the clone of the image below, and what can be copied ahead."""
         incremental = self._clone_below()
+        if not self._context.shares_blocks:  # the clone was a copy: see MemoryCapture on flushing
+            fsync_data(self._payload.memory)
         memory = self._held.enter_context(
             GuestMemory(self._machine.process.pid, self._paths.memory)
         )
@@ -139,6 +139,8 @@ class _Capture:
         self._memory = MemoryCapture(memory, fd, incremental=incremental, buffer_limit=self._limit)
         self._held.callback(self._memory.close)
         self._memory.ahead()
+        # Stopping a guest flushes its disks: what is flushed now need not be flushed then.
+        fsync_data(self._paths.overlay)
 
     def _clone_below(self) -> bool:
         """Clone the last capture's image (true), or, if that is gone, the one that is mapped."""

@@ -54,13 +54,18 @@ async def run_loaded(
     operation: Operation,
     fulfils: str | None = None,
     note: str,
+    disk: asyncio.Future[None] | None = None,
 ) -> Instance:
     """Run ``instance`` from captured memory; it is Running on return (see ``let_run``).
 
-    Until its record is committed any failure ends the VMM and commits nothing.
+    ``disk`` is what the guest must wait for, though its VMM need not: the rest of its disk. Until
+    the record is committed any failure ends the VMM and commits nothing.
     """
     async with contextlib.AsyncExitStack() as undo:
         machine = await load_paused(context, instance, source, phases, undo)
+        if disk is not None:
+            with phases.measure("disk"):
+                await asyncio.shield(disk)
         return await let_run(
             context,
             instance,

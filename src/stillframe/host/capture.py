@@ -9,6 +9,7 @@ reads all private pages at memory speed, into a buffer made ready ahead, and ``a
 from __future__ import annotations
 
 import mmap
+import os
 import time
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from stillframe.host.runs import Runs
 
 _RESERVE = 8 << 20  # bytes of buffer for writes that nobody foresaw
 _SMALL = 4 << 20  # bytes that are read in about a millisecond: no further round is worth it
+_FLUSHED = 16 << 20  # bytes after which a round is flushed to the device before the next
 _ROUNDS = 6
 # A round that has to copy more than this share of the last one does not gain on the guest.
 _GAIN = 0.7
@@ -67,6 +69,9 @@ class MemoryCapture:
             gains = len(self.rounds) < 2 or last <= _GAIN * self.rounds[-2].length
             if last <= _SMALL or not gains or len(self.rounds) == _ROUNDS:
                 return last
+            if last > _FLUSHED:
+                # Or the guest's own flush, as it is stopped, would queue behind all these bytes.
+                os.fdatasync(self._fd)
             runs = self._memory.written_pages()
 
     def _copy(self, runs: Runs) -> None:

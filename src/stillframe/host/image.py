@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from stillframe.host.files import punch_hole
+from stillframe.host.files import punch_hole, share_by_page
 from stillframe.host.memory import PAGE, GuestMemory, make_buffer
 from stillframe.host.runs import Runs
 from stillframe.model.errors import HostFailure
@@ -47,6 +47,7 @@ def open_private(image: Path) -> Iterator[int]:
     try:
         if os.fstat(fd).st_nlink > 1:
             raise HostFailure("refusing to write into a shared memory image")
+        share_by_page(fd)
         yield fd
     finally:
         os.close(fd)

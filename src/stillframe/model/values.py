@@ -171,7 +171,8 @@ class Snapshot:
     """A write-once capture of an instance.
 
     ``template`` is the source instance as it was at the capture: what a fork starts from.
-    ``size_bytes`` is the apparent size of the payload, ``stored_bytes`` what it takes on disk.
+    ``size_bytes`` is the apparent size of the payload, ``stored_bytes`` what it took on disk for
+    itself alone when it was made: bytes shared with other images are not counted.
     ``pause_ms`` is how long the guest stood still; ``timings_ms`` says where the time went.
     ``warm_count`` is how many forks are to stand ready, loaded and waiting.
     """

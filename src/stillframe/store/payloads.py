@@ -13,7 +13,8 @@ from typing import Any
 
 from blake3 import blake3
 
-from stillframe.host.files import allocated_bytes, atomic_write, fsync_directory, fsync_file
+from stillframe.host.extents import exclusive_bytes
+from stillframe.host.files import atomic_write, fsync_directory, fsync_file
 from stillframe.model.errors import DamagedData
 from stillframe.store.paths import Payload
 
@@ -24,7 +25,7 @@ _MAX_DEVICES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class PayloadSize:
-    """Bytes of a payload: apparent (``size``) and allocated on disk (``stored``)."""
+    """Bytes of a payload: apparent (``size``), and on disk for it alone (``stored``)."""
 
     size: int
     stored: int
@@ -57,10 +58,13 @@ def without_file(manifest: bytes, name: str) -> bytes:
 
 
 def measure(payload: Payload) -> PayloadSize:
-    """Sizes of the payload's regular files as they are now."""
+    """Sizes of the payload's regular files as they are now.
+
+    What the payload shares with others, by hard link or by reflink, is not counted as stored.
+    """
     paths = [p for p in payload.directory.iterdir() if p.is_file() and not p.is_symlink()]
     return PayloadSize(
-        size=sum(p.stat().st_size for p in paths), stored=sum(allocated_bytes(p) for p in paths)
+        size=sum(p.stat().st_size for p in paths), stored=sum(exclusive_bytes(p) for p in paths)
     )
 
 

@@ -101,24 +101,14 @@ class QemuMachine:
         """Drop disk copies that an earlier server began: they hold files that are gone."""
         await self._copies.forget_all()
 
-    async def load(self, device_state: Path, *, by_path: bool) -> None:
-        """Load devices into a QEMU that waits for them. Raises VmmFailure, HostFailure."""
-        await self._qmp.execute(
-            "migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}]
-        )
-        if by_path:
-            await self._qmp.execute("migrate-incoming", uri=f"file:{device_state}")
-        else:
-            try:
-                fd = os.open(device_state, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise HostFailure(f"device state cannot be opened: {error.strerror}") from error
-            try:
-                await self._qmp.give_fd("devices", fd)
-            finally:
-                os.close(fd)
-            await self._qmp.execute("migrate-incoming", uri="fd:devices")
-        await self._until_loaded()
+    async def loaded(self) -> None:
+        """Wait for the end of the load that QEMU began by itself (``-incoming fd:``).
+
+        Raises VmmFailure. A QEMU that cannot load ends.
+        """
+        answer = await self._qmp.execute("query-migrate")
+        if answer.get("status") != "completed":
+            await self._until_loaded()
 
     async def _until_loaded(self) -> None:
         died = asyncio.ensure_future(self._process.wait())
@@ -285,8 +275,7 @@ class QemuDriver:
             try:
                 await machine.open()
                 if resources.device_state is not None:
-                    by_path = build.has_file_migration
-                    await machine.load(resources.device_state, by_path=by_path)
+                    await machine.loaded()
             except VmmFailure as error:
                 raise _explained(error, resources.vmm_log) from error
             undo.pop_all()
@@ -318,12 +307,32 @@ def _spawn(
     tracker: Path | None,
 ) -> Process:
     """Bind first, pass the descriptors: nobody ever waits for a socket to appear."""
-    with _listening(sockets) as (monitor_fd, agent_fd):
-        arguments = command_line(build, spec, resources, monitor_fd=monitor_fd, agent_fd=agent_fd)
+    with _listening(sockets) as (monitor_fd, agent_fd), _opened(resources) as devices_fd:
+        arguments = command_line(
+            build, spec, resources,
+            monitor_fd=monitor_fd, agent_fd=agent_fd, devices_fd=devices_fd,
+        )  # fmt: skip
+        inherited = [fd for fd in (monitor_fd, agent_fd, devices_fd) if fd is not None]
         return spawn(
-            arguments, output=resources.vmm_log, pass_fds=(monitor_fd, agent_fd),
+            arguments, output=resources.vmm_log, pass_fds=inherited,
             extra_environment=tracking_environment(tracker, resources.memory_image),
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _opened(resources: MachineResources) -> Iterator[int | None]:
+    """A descriptor of the device state, if there is one: no QEMU needs to be asked to open it."""
+    if resources.device_state is None:
+        yield None
+        return
+    try:
+        fd = os.open(resources.device_state, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise HostFailure(f"device state cannot be opened: {error.strerror}") from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

@@ -30,11 +30,6 @@ class QemuBuild:
         """The version as QEMU writes it."""
         return ".".join(map(str, self.version))
 
-    @property
-    def has_file_migration(self) -> bool:
-        """Whether ``migrate-incoming`` takes ``file:`` URIs (since 8.2)."""
-        return self.version >= (8, 2, 0)
-
 
 def quoted(path: Path) -> str:
     """A path inside an option list: QEMU separates by commas and wants them doubled."""
@@ -48,8 +43,13 @@ def command_line(
     *,
     monitor_fd: int,
     agent_fd: int,
+    devices_fd: int | None = None,
 ) -> list[str]:
-    """The arguments to start QEMU with; ``*_fd`` are inherited listening sockets."""
+    """The arguments to start QEMU with; ``*_fd`` are inherited descriptors.
+
+    ``monitor_fd`` and ``agent_fd`` are listening sockets, ``devices_fd`` is the open device state;
+    without it a QEMU that is to load waits for ``migrate-incoming``.
+    """
     arguments = [
         build.binary,
         "-nodefaults",
@@ -65,6 +65,7 @@ def command_line(
         "-m", f"{spec.memory_bytes // (1 << 20)}M",
         "-object", _memory(build, spec, resources),
         "-global", "migration.send-configuration=off",
+        "-global", "migration.x-events=on",  # the capability "events", before anybody can ask
         "-action", "reboot=shutdown,panic=shutdown",
         "-rtc", "base=utc,clock=host",
         "-kernel", str(resources.kernel),
@@ -88,7 +89,7 @@ def command_line(
     arguments += _disks(resources)
     if resources.device_state is not None:
         # -S: the guest stands still after the load until we say cont.
-        arguments += ["-incoming", "defer", "-S"]
+        arguments += ["-incoming", "defer" if devices_fd is None else f"fd:{devices_fd}", "-S"]
     return arguments
 
 

@@ -24,7 +24,14 @@ from stillframe.engine.telemetry import Operation
 from stillframe.engine.verbs.create import check_environment, make_directory
 from stillframe.engine.verbs.standby import enter_standby
 from stillframe.engine.wait import reached
-from stillframe.host.files import clone, fsync_directory, fsync_file, remove_tree, storage_errors
+from stillframe.host.files import (
+    begin_clone,
+    copy_into,
+    fsync_directory,
+    fsync_file,
+    remove_tree,
+    storage_errors,
+)
 from stillframe.images.boot import write_config_disk
 from stillframe.model.errors import Conflict, InvalidRequest, NameConflict, StillframeError
 from stillframe.model.states import InstanceState, Verb, permission
@@ -210,9 +217,9 @@ async def _fork(
             raise _name_taken(child.name) from error
         undo.callback(context.forget, child.id)
         with phases.measure("disk"):
-            await asyncio.to_thread(make_disks, context, child, source, undo)
+            disk = await make_disks(context, child, source, undo)
         undo.push_async_callback(end, context, child.id)
-        child = await _bring_to(context, child, source, target, phases)
+        child = await _bring_to(context, child, source, target, phases, disk=disk)
         undo.pop_all()
     return child
 
@@ -248,28 +255,60 @@ def child_of(
     )
 
 
-def make_disks(
+async def make_disks(
     context: Context, child: Instance, source: Source, undo: contextlib.AsyncExitStack
-) -> None:
-    """The directory of a fork with its disks; ``undo`` removes it. Raises StorageFull."""
+) -> asyncio.Future[None]:
+    """The directory of a fork with its disks; ``undo`` removes it.
+
+    Where the file system cannot share blocks, the writable disk is still being copied on return:
+    a VMM can be started meanwhile. It is whole when the future is done. Raises StorageFull, and so
+    does the future.
+    """
+    whole = await asyncio.to_thread(_begin_disks, context, child, source, undo)
+    rest = _nothing() if whole else asyncio.to_thread(_fill_disk, context, child, source)
+    disk = asyncio.ensure_future(rest)
+    undo.push_async_callback(asyncio.wait, [disk])
+    return disk
+
+
+async def _nothing() -> None:
+    """Nothing is left to be done."""
+
+
+def _begin_disks(
+    context: Context, child: Instance, source: Source, undo: contextlib.AsyncExitStack
+) -> bool:
     paths = context.data.instance(child.id)
     with storage_errors("clone the disk"), contextlib.ExitStack() as local:
         make_directory(paths.directory, local)
-        clone(source.overlay, paths.overlay)
+        whole = begin_clone(source.overlay, paths.overlay)
         # The configuration disk is only read at boot, but a loaded guest needs it to be there.
         write_config_disk(paths.config, [])
         undo.callback(local.pop_all().close)
+        return whole
+
+
+def _fill_disk(context: Context, child: Instance, source: Source) -> None:
+    with storage_errors("clone the disk"):
+        copy_into(source.overlay, context.data.instance(child.id).overlay)
 
 
 async def _bring_to(
-    context: Context, child: Instance, source: Source, target: InstanceState, phases: Phases
+    context: Context,
+    child: Instance,
+    source: Source,
+    target: InstanceState,
+    phases: Phases,
+    *,
+    disk: asyncio.Future[None],
 ) -> Instance:
     if source.memory is not None and target is InstanceState.RUNNING:
         return await run_loaded(
             context, child, source.memory, phases,
             operation=Operation.FORK if source.snapshot_id else Operation.FORK_INSTANCE,
-            fulfils=child.id, note="forked",
+            fulfils=child.id, note="forked", disk=disk,
         )  # fmt: skip
+    await asyncio.shield(disk)
     if source.memory is not None and target is InstanceState.STANDBY:
         await asyncio.to_thread(_link_standby, context, child, source.memory)
         return _commit_resting(context, child, InstanceState.STANDBY)

@@ -248,8 +248,9 @@ class WarmForks:
             await asyncio.to_thread(check, payload)
             context.records.intend(Intent(child.id, "fork", {"warm": snapshot.id}))
             undo.callback(context.records.fulfil, child.id)
-            await asyncio.to_thread(make_disks, context, child, source, undo)
+            disk = await make_disks(context, child, source, undo)
             machine = await load_paused(context, child, payload, phases, undo)
+            await asyncio.shield(disk)
             held = await asyncio.to_thread(private_memory, machine.process.pid)
             return WarmFork(snapshot.id, child, machine, undo.pop_all(), held)
 
