@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.monitor import AGENT_FD, MONITOR_FD
-from bench.server import vmm_pids
 from stillframe.host.files import clone
 from stillframe.images.boot import BootPair, load_boot_pair, write_config_disk
 from stillframe.model.units import parse_size
@@ -91,9 +90,8 @@ class Hand:
         clone(self.data.templates / f"overlay-{self.overlay_bytes}.ext4", paths.overlay)
         write_config_disk(paths.config, config)
 
-    def differs_from_server(self, instance_id: str) -> list[str]:
-        """Arguments of the VMM of a running fork that ours would not have, or the reverse."""
-        (pid,) = vmm_pids(self.data.root, instance_id)
+    def differs_from_server(self, instance_id: str, pid: int) -> list[str]:
+        """Arguments of a running fork's VMM ``pid`` that ours would not have, or the reverse."""
         theirs = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1]
         home = self.data.instance(instance_id).directory
         ours = self.command(home, Path("state"))

@@ -17,7 +17,7 @@ from bench.floor import FloorRun, measure_floor
 from bench.guest_image import NAME, import_image
 from bench.hand import Hand
 from bench.peer import PeerVm, remove
-from bench.server import running_server
+from bench.server import running_server, vmm_pids
 from stillframe.store.paths import DataDirectory
 
 Json = dict[str, Any]
@@ -149,6 +149,15 @@ class Lab:
         self.note_clock(reply.body)
         return reply
 
+    def fork_and_pid(self, snapshot: Json) -> tuple[str, int]:
+        """One fork over HTTP: its id, and the process that was not there before."""
+        before = vmm_pids(self.data.root)
+        instance: str = self.fork(snapshot).body["id"]
+        new = vmm_pids(self.data.root) - before
+        if len(new) != 1:
+            raise RuntimeError(f"a fork started {len(new)} processes on its data instead of one")
+        return instance, new.pop()
+
     def note_clock(self, instance: Json) -> None:
         """Remember when an answer lacks the moment of ``cont``: the rows must say so."""
         self.has_resumed_at &= instance.get("resumed_at") is not None
@@ -234,8 +243,8 @@ class Lab:
 
     def compare_command_lines(self, guest: Guest, snapshot: Json) -> None:
         """Remember how the floor's command line differs from that of the server's VMM."""
-        fork = self.fork(snapshot).body["id"]
-        self.command_differences = self.hand_for(guest).differs_from_server(fork)
+        fork, pid = self.fork_and_pid(snapshot)
+        self.command_differences = self.hand_for(guest).differs_from_server(fork, pid)
         self.client.delete(fork)
 
     # -- pauses -----------------------------------------------------------------------------------

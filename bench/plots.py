@@ -84,10 +84,12 @@ def _fork_times(axes: Axes, samples: dict[str, Samples]) -> bool:
     for name, values, color in there:
         share = [index / len(values) for index in range(len(values) + 1)]
         axes.step([values[0], *values], share, where="post", color=color, label=name)
+    if not there:
+        return False
     axes.set(xlabel="ms to running", ylabel="share of forks", title="Distribution of fork times")
     axes.set_xlim(left=0)
     _finish(axes)
-    return bool(there)
+    return True
 
 
 def _pause_by_size(axes: Axes, samples: dict[str, Samples]) -> bool:

@@ -16,6 +16,28 @@ from bench.results import Row, number
 
 ROOT = Path(__file__).resolve().parents[1]
 
+_METHOD = """\
+**Floor**: the same QEMU command line on the same memory image and device state, started by a script
+without a control plane; from the spawn to QEMU's answer to `cont`. Files are linked and cloned
+before its clock starts.
+
+**Peers' way**: the same VM with plain memory; `stop`, `migrate` of all memory to a file without a
+limit on its speed, a sparse copy of the VM's directory, `cont`; for a fork, a new process with
+`-incoming` from that file. No control plane, no fsync.
+
+**Running** is from just before the HTTP request to the moment of `cont` that the server tells;
+**usable** is when an exec in the guest has answered.
+
+**Pause**: the guest sends a datagram every millisecond, the host answers with its clock. The
+largest gap around the snapshot, less the largest in an equal window without one, medians of each.
+
+**Memory**: slope of the host's available memory over idle forks, less that over the same VMMs with
+the same state loaded whose guests never ran. Under emulation it includes the code that the emulator
+makes of the guest's.
+
+**Stored**: what the file system has less free after the second snapshot than before it.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Circumstances:
@@ -71,8 +93,9 @@ def markdown(rows: Sequence[Row], facts: dict[str, Any], plots: Sequence[str]) -
         "## Where the milliseconds go",
         phase_table(rows),
     ]
+    parts += ["## How it is measured", _METHOD]
     parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def table(rows: Sequence[Row]) -> str:

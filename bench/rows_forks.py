@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from bench.client import NotThere
 from bench.lab import LARGE, SMALL, USED, ForkTimes, Json, Lab, alternate
 from bench.peer import PeerVm, remove
-from bench.results import Row, Samples, figure, median_phases, ratio_row
+from bench.results import Row, Samples, figure, median_phases, number, ratio_row
 
 KEYS = ("cold-fork", "fork-size", "warm-fork", "fork-peer")
 # After cont: the guest runs already while the agent is told who it is. The sum is no phase.
@@ -27,6 +27,7 @@ class _Forks:
     samples: Samples = field(default_factory=dict)
     floor_times: list[dict[str, float]] = field(default_factory=list)
     warm_refused: str | None = None
+    warm_bytes: float = 0  # that a warm fork holds while it waits, by the server's word
 
     def ours(self, label: str, snapshot: Json) -> Callable[[], None]:
         """A step: one fork over HTTP, its times kept under ``label``."""
@@ -44,7 +45,7 @@ class _Forks:
 
         def step() -> None:
             if self.warm_refused is None:
-                self.lab.keep_warm(snapshot, 1)
+                self.warm_bytes = self.lab.keep_warm(snapshot, 1).get("memory_bytes", 0)
                 fork()
                 self.lab.keep_warm(snapshot, 1)
 
@@ -176,6 +177,7 @@ def _warm_row(series: _Forks) -> Row:
     row.details += [
         f"engine core (phases up to cont) {figure(cores)}",
         series.usable("warm"),
+        f"a waiting one holds {number(series.warm_bytes / (1 << 20))} MiB, the server says",
     ]
     row.phases = {"warm fork": series.phases("warm")}
     return row

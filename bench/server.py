@@ -87,9 +87,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.stdout.close()
 
 
-def vmm_pids(data: Path, instance: str) -> list[int]:
-    """The VMM of an instance: processes that name its directory on their command line."""
-    return processes_naming(data / "instances" / instance)
+def vmm_pids(data: Path) -> set[int]:
+    """The VMMs of a server: processes that name files of its data on their command line."""
+    return set(processes_naming(data))
 
 
 @contextlib.contextmanager
