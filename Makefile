@@ -1,5 +1,5 @@
-# make setup | test | lint | fmt | demo | clean     (ARGS="-k name" goes to pytest)
-.PHONY: bench-boot setup test lint fmt demo clean
+# make setup | test | lint | fmt | demo | bench | bench-boot | clean     (ARGS="-k name" goes to pytest)
+.PHONY: bench bench-boot setup test lint fmt demo clean
 BIN := .venv/bin
 
 setup:
@@ -17,6 +17,9 @@ lint:
 fmt:
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+bench: setup
+	@$(BIN)/python -m bench.run $(ARGS)
 
 bench-boot: setup
 	@$(BIN)/python bench/boot.py $(ARGS)

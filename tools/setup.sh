@@ -15,6 +15,7 @@ PACKAGES=(
     musl-tools gcc make                 # the guest agent
     python3-venv                        # the Python environment
     skopeo docker-registry mmdebstrap   # the tests' other side
+    xfsprogs                            # the benchmark's file system
     cpio strace zstd
 )
 

@@ -1,0 +1,1 @@
+"""What Stillframe costs, measured beside the floor and the peers' way: ``make bench``."""
