@@ -142,7 +142,8 @@ def bind(listen: str, setting: str = "listen") -> socket.socket:
         raise InvalidRequest(f"invalid {setting} address {listen!r}", hint="write 127.0.0.1:4973")
     host = host.removeprefix("[").removesuffix("]") or "127.0.0.1"
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # Named, or asyncio would not know to send small answers at once (TCP_NODELAY).
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, int(port)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("stillframe.engine")
 T = TypeVar("T")
+_PATIENCE = 1.0  # seconds that a loaded guest waits for others to be loaded
 
 
 class Phases:
@@ -111,6 +113,9 @@ class Context:
         self.closing = False
         # Whether cloning a file costs nothing in the data directory.
         self.shares_blocks = supports_reflink(data.root)
+        self._loading = 0
+        self._few_loading = asyncio.Event()
+        self._few_loading.set()
         self._requests = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -201,6 +206,32 @@ class Context:
         async with self._snapshot_idle:
             await self._snapshot_idle.wait_for(lambda: not self.snapshot_users[snapshot_id])
         del self.snapshot_users[snapshot_id]
+
+    # -- starts -------------------------------------------------------------------------------
+    @contextlib.asynccontextmanager
+    async def starting(self) -> AsyncIterator[None]:
+        """A place among the VMMs that may be started at once; waits for it."""
+        self._count_loading(1)
+        try:
+            async with self.starts:
+                yield
+        finally:
+            self._count_loading(-1)
+
+    def _count_loading(self, step: int) -> None:
+        self._loading += step
+        few = self._loading < (os.cpu_count() or 1)
+        self._few_loading.set() if few else self._few_loading.clear()
+
+    async def rush_over(self) -> None:
+        """Return when the starts under way leave a processor free, or after a second.
+
+        In a burst of forks a guest that runs early takes its siblings' processor time, and all of
+        them come later; the last ones much later.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_PATIENCE):
+                await self._few_loading.wait()
 
     # -- requests -----------------------------------------------------------------------------
     @contextlib.contextmanager

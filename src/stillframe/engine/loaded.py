@@ -66,6 +66,8 @@ async def run_loaded(
         if disk is not None:
             with phases.measure("disk"):
                 await asyncio.shield(disk)
+        with phases.measure("rush"):
+            await context.rush_over()
         return await let_run(
             context,
             instance,

@@ -111,7 +111,7 @@ async def boot(context: Context, instance: Instance, image: Image) -> Machine:
     with storage_errors("make the memory image"):
         paths.memory.unlink(missing_ok=True)
         create_sparse(paths.memory, instance.memory_bytes)
-    async with context.starts:
+    async with context.starting():
         return await driver.start(spec_of(instance), await resources_of(context, instance))
 
 
@@ -131,7 +131,7 @@ async def load(context: Context, instance: Instance, devices: Path) -> Machine:
                 f"this host has {here}",
                 hint="fork a Stopped snapshot, or use the same hypervisor as at the capture",
             )
-    async with context.starts:
+    async with context.starting():
         resources = await resources_of(context, instance, devices)
         return await driver.start(spec_of(instance), resources)
 
