@@ -121,7 +121,8 @@ class Instance:
     ``accelerator`` is ``kvm``, ``tcg`` or ``none``: memory made under one cannot run under another.
     ``boot`` names the kernel and initrd pair (a digest) the disks and memory belong to.
     ``boot_nonce`` marks the console lines of the boot its memory descends from.
-    ``parent_snapshot_id`` / ``parent_instance_id`` say what it was forked from.
+    ``parent_snapshot_id`` / ``parent_instance_id`` say what it was forked from (or restored to).
+    ``head_snapshot_id`` is the last snapshot taken of it since then: its next one descends from it.
     """
 
     id: str
@@ -156,6 +157,7 @@ class Instance:
     parent_instance_id: str | None = None
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     boot_nonce: str = ""
+    head_snapshot_id: str | None = None
 
     @property
     def has_snapshot(self) -> bool:
@@ -170,6 +172,9 @@ class Snapshot:
     ``template`` is the source instance as it was at the capture: what a fork starts from.
     ``size_bytes`` is the apparent size of the payload, ``stored_bytes`` what it takes on disk.
     ``pause_ms`` is how long the guest stood still; ``timings_ms`` says where the time went.
+    ``parent_snapshot_id`` is the snapshot its state descends from: the one before it of the same
+    instance, or the one that instance was forked from or restored to.
+    A ``pinned`` one is deleted by a person with force only, never because it expired.
     """
 
     id: str
@@ -191,6 +196,9 @@ class Snapshot:
     compressed_size_bytes: int | None = None
     uncompressed_size_bytes: int | None = None
     parent_snapshot_id: str | None = None
+    description: str | None = None
+    expires_at: datetime | None = None
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
