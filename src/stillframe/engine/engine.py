@@ -27,6 +27,8 @@ from stillframe.engine.interface import (
     ReadEntry,
     WaitResult,
 )
+from stillframe.engine.keeping.schedule import Scheduler
+from stillframe.engine.keeping.verbs import KeepingVerbs
 from stillframe.engine.settings import EngineSettings
 from stillframe.images.library import ImageLibrary
 from stillframe.model.errors import Ambiguous, Conflict, NotFound
@@ -47,7 +49,7 @@ from stillframe.vmm.driver import Driver, DriverProbe
 Kept = TypeVar("Kept", Instance, Snapshot, Image)
 
 
-class Engine:
+class Engine(KeepingVerbs):
     """Implements ``EngineInterface``; see there for what each verb does and raises."""
 
     def __init__(self, settings: EngineSettings, drivers: Sequence[Driver]) -> None:
@@ -59,10 +61,12 @@ class Engine:
         self.context = Context(
             settings, data, self._records, {d.hypervisor: d for d in drivers}, images
         )
+        self.scheduler = Scheduler(self.context)
 
     async def open(self) -> None:
         """Recover what an earlier server left, adopt its VMs, and be ready."""
         await recover.recover(self.context)
+        self.scheduler.start()
 
     async def close(self) -> None:
         """Stop watching; VMs run on."""
@@ -234,10 +238,6 @@ class Engine:
         return await snapshot.snapshot(
             self.context, instance_id, kind=kind, name=name, tags=tags, compression=compression
         )
-
-    async def delete_snapshot(self, snapshot_id: str) -> None:
-        """Delete; forks and source go on unharmed."""
-        await snapshot.delete_snapshot(self.context, snapshot_id)
 
     async def restore_snapshot(
         self,

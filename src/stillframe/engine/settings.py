@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from stillframe.model.units import GIB
+from stillframe.model.units import GIB, MIB
 from stillframe.model.values import Hypervisor
 
 
@@ -14,7 +14,9 @@ class EngineSettings:
     """Settings of an engine, complete and checked.
 
     ``accelerator`` is ``auto``, ``kvm`` or ``tcg``; ``kernel_dir`` an unpacked kernel package;
-    ``max_concurrent_starts`` bounds how many VMMs are being started at once.
+    ``max_concurrent_starts`` bounds how many VMMs are being started at once. ``max_snapshots``
+    and ``max_snapshot_bytes`` (on disk) are quotas, 0 for none; ``min_free_bytes`` is the space of
+    the data directory's file system that no snapshot may take.
     """
 
     data_dir: Path
@@ -30,5 +32,8 @@ class EngineSettings:
     default_vcpus: int = 2
     default_overlay_bytes: int = 10 * GIB
     max_concurrent_starts: int = 8
+    max_snapshots: int = 0
+    max_snapshot_bytes: int = 0
+    min_free_bytes: int = 256 * MIB
     boot_timeout: float = 120.0
     agent_timeout: float = 30.0
