@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from stillframe.api import copy, errors, exec, images, instances, logs, snapshots, system
+from stillframe.api import copy, errors, exec, images, instances, logs, schedules, snapshots, system
 from stillframe.api.auth import Authenticator
 from stillframe.api.border import Border
 from stillframe.engine.interface import EngineInterface
@@ -23,6 +23,7 @@ ROUTERS = (
     exec.router,
     copy.router,
     snapshots.router,
+    schedules.router,
     images.router,
 )
 

@@ -1,4 +1,4 @@
-"""Health and capabilities (contract section 3.7)."""
+"""Health, capabilities and resources (contract section 3.7)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from stillframe.api.schemas.system import (
     HostInfo,
     ImagesInfo,
     NetworkInfo,
+    Resources,
     Runtime,
     ServerInfo,
 )
@@ -68,6 +69,17 @@ async def capabilities(request: Request, engine: Engine) -> JSONResponse:
         images=ImagesInfo(default_platform=f"linux/{arch}", platforms=[f"linux/{arch}"]),
         features=list(_FEATURES),
     ).response()
+
+
+@router.get(
+    "/resources",
+    response_model=Resources,
+    responses=problems(),
+    openapi_extra=needs("resource:read"),
+)
+async def resources(engine: Engine) -> JSONResponse:
+    """Say what the host has, and what instances and snapshots take of it."""
+    return Resources.of(await engine.resources()).response()
 
 
 def _default(runtimes: list[Runtime], wanted: str | None) -> DefaultRuntime:
