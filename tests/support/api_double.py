@@ -28,6 +28,7 @@ from stillframe.engine.interface import (
     WarmStatus,
 )
 from stillframe.model.errors import NotFound, StillframeError
+from stillframe.model.schedules import Schedule
 from stillframe.model.states import InstanceState
 from stillframe.model.values import (
     Hypervisor,
@@ -39,6 +40,7 @@ from stillframe.model.values import (
     SnapshotKind,
 )
 from stillframe.vmm.driver import DriverProbe
+from support.keeping_double import KeepingDouble
 
 SECRET = b"an-unguessable-secret-of-64-bytes" * 2
 PRIVATE = Path("/srv/private-data")
@@ -130,7 +132,7 @@ class DoubleSession:
 
 
 @dataclass
-class DoubleEngine:
+class DoubleEngine(KeepingDouble):
     """Answers from what the test put in; ``calls`` is what was asked of it.
 
     An error in ``failures`` under a method's name is raised by that method, one in
@@ -140,6 +142,7 @@ class DoubleEngine:
     instances: list[Instance] = field(default_factory=lambda: [instance()])
     snapshots: list[Snapshot] = field(default_factory=list)
     images: list[Image] = field(default_factory=lambda: [image()])
+    schedules: dict[str, Schedule] = field(default_factory=dict)
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     failures: dict[str, BaseException] = field(default_factory=dict)
     failed_forks: dict[str, StillframeError] = field(default_factory=dict)

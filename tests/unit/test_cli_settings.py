@@ -36,9 +36,22 @@ def test_tables_of_the_file_and_their_variables(tmp_path: Path) -> None:
     assert settings.default_vcpus == 1
 
 
+def test_a_quota_of_zero_is_none(tmp_path: Path) -> None:
+    file = write(tmp_path, '[limits]\nmax_snapshot_bytes = "2GB"\nmin_free = 0\n')
+    settings = load_settings(
+        config=file, environment={"STILLFRAME_LIMITS_MAX_SNAPSHOTS": "7"}, flags={}
+    )
+    assert (settings.max_snapshot_bytes, settings.max_snapshots) == (2 * GIB, 7)
+    assert settings.min_free_bytes == 0
+    off = {"STILLFRAME_LIMITS_MAX_SNAPSHOTS": "0"}
+    assert load_settings(environment=off, flags={}).max_snapshots == 0
+
+
 @pytest.mark.parametrize(
     ("text", "key"),
     [
+        ("[limits]\nmax_snapshots = -1", "limits.max_snapshots"),
+        ("[limits]\nmax_snapshots = false", "limits.max_snapshots"),
         ("[limits]\nmax_memory = 'much'", "limits.max_memory"),
         ("[limits]\nmax_vcpus = 0", "limits.max_vcpus"),
         ("[limits]\nmax_vcpus = true", "limits.max_vcpus"),

@@ -10,7 +10,18 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from stillframe.api import copy, errors, exec, forks, images, instances, logs, snapshots, system
+from stillframe.api import (
+    copy,
+    errors,
+    exec,
+    forks,
+    images,
+    instances,
+    logs,
+    schedules,
+    snapshots,
+    system,
+)
 from stillframe.api.auth import Authenticator
 from stillframe.api.border import Border
 from stillframe.engine.interface import EngineInterface
@@ -24,6 +35,7 @@ ROUTERS = (
     copy.router,
     snapshots.router,
     forks.router,
+    schedules.router,
     images.router,
 )
 

@@ -12,9 +12,11 @@ from stillframe.api.border import TAGS_QUERY, Engine, TagFilter
 from stillframe.api.errors import contract_codes, problems
 from stillframe.api.schemas.base import respond_list
 from stillframe.api.schemas.instances import InstanceAnswer
+from stillframe.api.schemas.lineage import DeletionPreviewAnswer, LineageAnswer, RelativeAnswer
 from stillframe.api.schemas.snapshots import (
     SnapshotAnswer,
     SnapshotCreateBody,
+    SnapshotEditBody,
     SnapshotRestoreBody,
 )
 from stillframe.model.errors import InvalidRequest, InvalidState, NameConflict, StillframeError
@@ -105,13 +107,63 @@ async def get_snapshot(engine: Engine, snapshot_id: str) -> JSONResponse:
     return SnapshotAnswer.of(engine.find_snapshot(snapshot_id)).response()
 
 
+@router.patch(
+    "/snapshots/{snapshot_id}",
+    response_model=SnapshotAnswer,
+    responses=problems(404, 409),
+    openapi_extra=needs("snapshot:write"),
+)
+async def edit_snapshot(engine: Engine, snapshot_id: str, body: SnapshotEditBody) -> JSONResponse:
+    """Change name, tags, description, expiry or pin of a snapshot; what it holds never changes."""
+    edited = engine.edit_snapshot(engine.find_snapshot(snapshot_id).id, body.parse())
+    return SnapshotAnswer.of(edited).response()
+
+
 @router.delete(
     "/snapshots/{snapshot_id}",
     status_code=204,
-    responses=problems(404),
+    responses={
+        200: {"model": DeletionPreviewAnswer, "description": "What would happen (dry_run)"},
+        **problems(404, 409),
+    },
     openapi_extra=needs("snapshot:delete"),
 )
-async def delete_snapshot(engine: Engine, snapshot_id: str) -> Response:
-    """Delete a snapshot; its forks and its source go on unharmed."""
-    await engine.delete_snapshot(engine.find_snapshot(snapshot_id).id)
+async def delete_snapshot(
+    engine: Engine, snapshot_id: str, force: bool = False, dry_run: bool = False
+) -> Response:
+    """Delete a snapshot; its forks and its source go on unharmed.
+
+    A pinned one is deleted with ``force`` only. With ``dry_run`` the answer is 200 and says what
+    would happen.
+    """
+    snapshot = engine.find_snapshot(snapshot_id)
+    if dry_run:
+        preview = await engine.preview_deletion(snapshot.id, force=force)
+        return DeletionPreviewAnswer.of(preview).response()
+    await engine.delete_snapshot(snapshot.id, force=force)
     return Response(status_code=204)
+
+
+@router.get(
+    "/snapshots/{snapshot_id}/lineage",
+    response_model=LineageAnswer,
+    responses=problems(404),
+    openapi_extra=needs("snapshot:read"),
+)
+async def get_lineage(engine: Engine, snapshot_id: str) -> JSONResponse:
+    """Get the ancestors and descendants of a snapshot, and what deleting each would free."""
+    found = await engine.lineage(engine.find_snapshot(snapshot_id).id)
+    return LineageAnswer.of(found).response()
+
+
+@router.get(
+    "/lineage",
+    response_model=list[RelativeAnswer],
+    responses=problems(404, 409),
+    openapi_extra=needs("snapshot:read"),
+)
+async def list_family(engine: Engine, instance: str | None = None) -> JSONResponse:
+    """List all snapshots and instances as relatives, or those related to one, oldest first."""
+    instance_id = engine.find_instance(instance).id if instance is not None else None
+    found = await engine.family(instance_id)
+    return respond_list([RelativeAnswer.of(relative) for relative in found])

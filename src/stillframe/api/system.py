@@ -1,4 +1,4 @@
-"""Health and capabilities (contract section 3.7), and the measurements."""
+"""Health, capabilities, resources (contract section 3.7), and the measurements."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from stillframe.api.schemas.system import (
     HostInfo,
     ImagesInfo,
     NetworkInfo,
+    Resources,
     Runtime,
     ServerInfo,
 )
@@ -79,6 +80,17 @@ async def capabilities(request: Request, engine: Engine) -> JSONResponse:
 async def metrics(engine: Engine) -> PlainTextResponse:
     """All measurements in Prometheus' text format."""
     return PlainTextResponse(engine.metrics(), media_type=METRICS_TYPE)
+
+
+@router.get(
+    "/resources",
+    response_model=Resources,
+    responses=problems(),
+    openapi_extra=needs("resource:read"),
+)
+async def resources(engine: Engine) -> JSONResponse:
+    """Say what the host has, and what instances and snapshots take of it."""
+    return Resources.of(await engine.resources()).response()
 
 
 def _default(runtimes: list[Runtime], wanted: str | None) -> DefaultRuntime:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import stillframe
-from stillframe.cli import copy, exec, host, images, instances, serve, snapshots
+from stillframe.cli import copy, exec, host, images, instances, schedules, serve, snapshots
 from stillframe.cli.client import Client
 from stillframe.model.errors import StillframeError
 
@@ -37,6 +37,7 @@ app.command()(instances.fork)
 app.command()(instances.wait)
 app.command()(copy.cp)
 app.add_typer(snapshots.app, name="snapshot")
+app.add_typer(schedules.app, name="schedule")
 app.add_typer(images.app, name="image")
 app.command()(serve.token)
 app.command()(serve.serve)

@@ -87,6 +87,9 @@ def _run_server(settings: Settings) -> None:
             default_vcpus=settings.default_vcpus,
             default_overlay_bytes=settings.default_overlay_bytes,
             max_concurrent_starts=settings.max_concurrent_starts,
+            max_snapshots=settings.max_snapshots,
+            max_snapshot_bytes=settings.max_snapshot_bytes,
+            min_free_bytes=settings.min_free_bytes,
         ),
         ServerOptions(
             listen=settings.listen,

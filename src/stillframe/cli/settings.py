@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stillframe.model.errors import InvalidRequest, StillframeError
-from stillframe.model.units import GIB, parse_size
+from stillframe.model.units import GIB, MIB, parse_size
 from stillframe.model.values import Hypervisor
 
 DEFAULT_LISTEN = "127.0.0.1:4973"
@@ -25,7 +25,7 @@ _SOURCE_TREE = Path(__file__).resolve().parents[3]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """All settings, checked. Sizes are bytes.
+    """All settings, checked. Sizes are bytes; a quota of 0 is none.
 
     ``kernel_dir``, ``agent_binary`` and ``tracker_library`` are where they were found, or where
     they are looked for first when they are nowhere. An empty ``metrics_listen`` turns that
@@ -50,6 +50,9 @@ class Settings:
     default_vcpus: int = 2
     default_overlay_bytes: int = 10 * GIB
     max_concurrent_starts: int = 8
+    max_snapshots: int = 0
+    max_snapshot_bytes: int = 0
+    min_free_bytes: int = 256 * MIB
 
 
 def _text(value: Any) -> str:
@@ -78,6 +81,14 @@ def _size(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     return parse_size(_text(value))
+
+
+def _count_or_none(value: Any) -> int:
+    return 0 if str(value).strip() == "0" else _count(value)
+
+
+def _size_or_none(value: Any) -> int:
+    return 0 if str(value).strip() == "0" else _size(value)
 
 
 def _one_of(*choices: str) -> Callable[[Any], str]:
@@ -110,6 +121,9 @@ KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "limits.max_vcpus": ("max_vcpus", _count),
     "limits.max_memory": ("max_memory_bytes", _size),
     "limits.max_overlay": ("max_overlay_bytes", _size),
+    "limits.max_snapshots": ("max_snapshots", _count_or_none),
+    "limits.max_snapshot_bytes": ("max_snapshot_bytes", _size_or_none),
+    "limits.min_free": ("min_free_bytes", _size_or_none),
     "defaults.memory": ("default_memory_bytes", _size),
     "defaults.vcpus": ("default_vcpus", _count),
     "defaults.overlay": ("default_overlay_bytes", _size),

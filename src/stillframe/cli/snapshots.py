@@ -1,4 +1,4 @@
-"""``stillframe snapshot``: create, list, get, rm, restore, fork, warm.
+"""``stillframe snapshot``: create, list, get, edit, rm, restore, fork, warm.
 
 Names work wherever ids do.
 """
@@ -6,16 +6,17 @@ Names work wherever ids do.
 from __future__ import annotations
 
 import threading
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
 
-from stillframe.cli import output
+from stillframe.cli import family, output
 from stillframe.cli.client import Client, instance_path, parse_pairs
 from stillframe.cli.instances import Compression, compression_body
 from stillframe.cli.output import JsonFlag
 from stillframe.model.errors import HostFailure, StillframeError
-from stillframe.model.units import format_size
+from stillframe.model.units import format_size, parse_duration
 from stillframe.model.values import SnapshotKind
 
 app = typer.Typer(help="Snapshots: write-once captures of instances.", no_args_is_help=True)
@@ -93,13 +94,108 @@ def get(context: typer.Context, snapshot: Snapshot, as_json: JsonFlag = False) -
 
 
 @app.command()
-def rm(context: typer.Context, snapshots: list[str]) -> None:
+def edit(
+    context: typer.Context,
+    snapshot: Snapshot,
+    name: Annotated[str | None, typer.Option("--name", "-n", help="'' takes it away.")] = None,
+    tag: Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="KEY=VALUE")] = None,
+    untag: Annotated[list[str] | None, typer.Option("--untag", metavar="KEY")] = None,
+    description: Annotated[str | None, typer.Option("--description", "-d")] = None,
+    expires: Annotated[
+        str | None, typer.Option("--expires", help="RFC3339 time, from now (72h), or never.")
+    ] = None,
+    pin: Annotated[bool | None, typer.Option("--pin/--unpin", help="Keep it from expiry.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Change what is written beside a snapshot; what it holds never changes."""
+    client: Client = context.obj
+    found = client.find_snapshot(snapshot)
+    changes: dict[str, Any] = {}
+    if name is not None:
+        changes["name"] = name or None
+    if tag or untag:
+        kept = {k: v for k, v in found.get("tags", {}).items() if k not in (untag or ())}
+        changes["tags"] = {**kept, **parse_pairs(tag, "--tag")}
+    if description is not None:
+        changes["description"] = description or None
+    if expires is not None:
+        changes["expires_at"] = moment(expires)
+    if pin is not None:
+        changes["pinned"] = pin
+    if not changes:
+        raise typer.BadParameter("say what to change")
+    edited = client.request("PATCH", f"/snapshots/{found['id']}", body=changes)
+    output.print_json(edited) if as_json else output.print_facts(edited)
+
+
+def moment(text: str, now: datetime | None = None) -> str | None:
+    """``never`` (None), an RFC3339 time as it is, or a duration from ``now`` on as a time.
+
+    Raises InvalidRequest.
+    """
+    if text == "never":
+        return None
+    if "T" in text:
+        return text
+    return ((now or datetime.now(UTC)) + parse_duration(text)).isoformat()
+
+
+@app.command()
+def rm(
+    context: typer.Context,
+    snapshots: list[str],
+    force: Annotated[bool, typer.Option("--force", "-f", help="Pinned ones too.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would happen, do nothing.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
     """Delete snapshots; their sources and forks go on unharmed."""
     client: Client = context.obj
+    query = {"force": "true"} if force else {}
+    query |= {"dry_run": "true"} if dry_run else {}
+    previews = []
     for reference in snapshots:
         found = client.find_snapshot(reference)
-        client.request("DELETE", f"/snapshots/{found['id']}")
-        print(found["id"])
+        preview = client.request("DELETE", f"/snapshots/{found['id']}", query=query)
+        if preview is None:
+            print(found["id"])
+        else:
+            previews.append(preview)
+    if dry_run and as_json:
+        output.print_json(previews)
+    elif dry_run:
+        output.print_table(
+            ("NAME", "ID", "FREES", "SHARED WITH", "REFUSED"),
+            [
+                (p.get("name"), p["snapshot_id"], format_size(p["bytes_freed"]),
+                 ", ".join(s.get("name") or s["id"] for s in p["shared_with"]), p.get("refused"))
+                for p in previews
+            ],
+        )  # fmt: skip
+
+
+@app.command()
+def tree(
+    context: typer.Context,
+    snapshot: Annotated[str | None, typer.Argument(metavar="SNAPSHOT", show_default=False)] = None,
+    instance: Annotated[
+        str | None, typer.Option("--instance", help="Only what is related to it.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show who descends from whom, and what deleting each would free."""
+    client: Client = context.obj
+    if snapshot is not None:
+        found = client.find_snapshot(snapshot)
+        answer = client.request("GET", f"/snapshots/{found['id']}/lineage")
+        relatives = [answer["snapshot"], *answer["ancestors"], *answer["descendants"]]
+    else:
+        query = {"instance": instance} if instance else {}
+        answer = relatives = client.request("GET", "/lineage", query=query)
+    output.print_json(answer) if as_json else family.show(
+        relatives, mark=found["id"] if snapshot is not None else None
+    )
 
 
 @app.command()
@@ -261,7 +357,7 @@ def _outcome_table(outcomes: list[dict[str, Any]]) -> None:
 
 def _table(snapshots: list[dict[str, Any]]) -> None:
     output.print_table(
-        ("NAME", "ID", "KIND", "SOURCE", "SIZE", "STORED", "PAUSE", "AGE"),
+        ("NAME", "ID", "KIND", "SOURCE", "SIZE", "STORED", "PAUSE", "AGE", "KEPT"),
         [
             (
                 s.get("name"), s["id"], s["kind"], s["source_instance_name"],
@@ -269,6 +365,7 @@ def _table(snapshots: list[dict[str, Any]]) -> None:
                 format_size(s["stored_bytes"]) if s.get("stored_bytes") else None,
                 f"{s['pause_ms']:.0f} ms" if s.get("pause_ms") is not None else None,
                 output.age(s["created_at"]),
+                "pinned" if s.get("pinned") else s.get("expires_at"),
             )
             for s in snapshots
         ],

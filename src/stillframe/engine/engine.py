@@ -20,6 +20,8 @@ from stillframe.engine.interface import (
     WaitResult,
     WarmStatus,
 )
+from stillframe.engine.keeping.schedule import Scheduler
+from stillframe.engine.keeping.verbs import KeepingVerbs
 from stillframe.engine.settings import EngineSettings
 from stillframe.engine.telemetry import count_failures
 from stillframe.engine.verbs import (
@@ -52,7 +54,7 @@ Kept = TypeVar("Kept", Instance, Snapshot, Image)
 
 
 @count_failures
-class Engine:
+class Engine(KeepingVerbs):
     """Implements ``EngineInterface``; see there for what each verb does and raises."""
 
     def __init__(self, settings: EngineSettings, drivers: Sequence[Driver]) -> None:
@@ -65,11 +67,13 @@ class Engine:
             settings, data, self._records, {d.hypervisor: d for d in drivers}, images
         )
         self.context.warm = WarmForks(self.context)
+        self.scheduler = Scheduler(self.context)
 
     async def open(self) -> None:
         """Recover what an earlier server left, adopt its VMs, and be ready."""
         await recover.recover(self.context)
         self.context.warm.open()
+        self.scheduler.start()
 
     async def close(self) -> None:
         """Stop watching; VMs run on."""
@@ -248,10 +252,6 @@ class Engine:
             return await snapshot.snapshot(
                 self.context, instance_id, kind=kind, name=name, tags=tags, compression=compression
             )
-
-    async def delete_snapshot(self, snapshot_id: str) -> None:
-        """Delete; forks and source go on unharmed."""
-        await snapshot.delete_snapshot(self.context, snapshot_id)
 
     async def restore_snapshot(
         self,

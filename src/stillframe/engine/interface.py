@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
+from stillframe.engine.keeping.interface import KeepingInterface
 from stillframe.model.errors import StillframeError
 from stillframe.model.states import InstanceState
 from stillframe.model.values import (
@@ -145,7 +146,7 @@ class ReadEntry:
     data: AsyncIterator[bytes]
 
 
-class EngineInterface(Protocol):
+class EngineInterface(KeepingInterface, Protocol):
     """All verbs. Each raises only StillframeError (or CancelledError, after undoing its work)."""
 
     # -- life ---------------------------------------------------------------------------------
@@ -257,9 +258,6 @@ class EngineInterface(Protocol):
         compression: CompressionConfig | None = None,
     ) -> Snapshot:
         """Capture; a Running source stays Running. Durable on return."""
-
-    async def delete_snapshot(self, snapshot_id: str) -> None:
-        """Delete; forks and source go on unharmed."""
 
     async def restore_snapshot(
         self,

@@ -18,6 +18,8 @@ class EngineSettings:
     ``capture_buffer_bytes`` the host memory that one capture uses while its guest stands still;
     ``warm_memory_bytes`` what all warm forks together may hold;
     ``tracker_library`` is preloaded into VMMs so that writes can be tracked (None: they are not).
+    ``max_snapshots`` and ``max_snapshot_bytes`` (on disk) are quotas, 0 for none;
+    ``min_free_bytes`` is the space of the data directory's file system that no snapshot may take.
     """
 
     data_dir: Path
@@ -36,5 +38,8 @@ class EngineSettings:
     max_concurrent_starts: int = 8
     capture_buffer_bytes: int = 512 * MIB
     warm_memory_bytes: int = 2 * GIB
+    max_snapshots: int = 0
+    max_snapshot_bytes: int = 0
+    min_free_bytes: int = 256 * MIB
     boot_timeout: float = 120.0
     agent_timeout: float = 30.0

@@ -61,6 +61,21 @@ def freed_by_deleting(paths: Iterable[Path]) -> int:
     return freed
 
 
+def allocated_in(directory: Path, seen: set[tuple[int, int]]) -> int:
+    """Bytes on disk of all files below a directory, those in ``seen`` (device, inode) left out.
+
+    Counts each file once however many links it has, and adds it to ``seen``. Blocks.
+    """
+    total = 0
+    for path in files_in(directory):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat(follow_symlinks=False)
+            if (inode := (status.st_dev, status.st_ino)) not in seen:
+                seen.add(inode)
+                total += status.st_blocks * _BLOCK
+    return total
+
+
 def files_in(directory: Path) -> list[Path]:
     """All files below a directory, for ``freed_by_deleting``; none when it is gone."""
     return [

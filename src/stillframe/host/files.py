@@ -245,3 +245,9 @@ def available_bytes(path: Path) -> int:
     """Bytes an unprivileged writer may still use on the file system of ``path``."""
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize
+
+
+def total_bytes(path: Path) -> int:
+    """Size of the file system of ``path``."""
+    status = os.statvfs(path)
+    return status.f_blocks * status.f_frsize

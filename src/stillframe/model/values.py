@@ -123,7 +123,8 @@ class Instance:
     ``boot_nonce`` marks the console lines of the boot its memory descends from.
     ``resumed_at`` is when its guest last ran on from captured memory, ``timings_ms`` where the
     time until then went.
-    ``parent_snapshot_id`` / ``parent_instance_id`` say what it was forked from.
+    ``parent_snapshot_id`` / ``parent_instance_id`` say what it was forked from (or restored to).
+    ``head_snapshot_id`` is the last snapshot taken of it since then: its next one descends from it.
     """
 
     id: str
@@ -159,6 +160,7 @@ class Instance:
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     resumed_at: datetime | None = None
     boot_nonce: str = ""
+    head_snapshot_id: str | None = None
 
     @property
     def has_snapshot(self) -> bool:
@@ -175,6 +177,9 @@ class Snapshot:
     itself alone when it was made: bytes shared with other images are not counted.
     ``pause_ms`` is how long the guest stood still; ``timings_ms`` says where the time went.
     ``warm_count`` is how many forks are to stand ready, loaded and waiting.
+    ``parent_snapshot_id`` is the snapshot its state descends from: the one before it of the same
+    instance, or the one that instance was forked from or restored to.
+    A ``pinned`` one is deleted by a person with force only, never because it expired.
     """
 
     id: str
@@ -197,6 +202,9 @@ class Snapshot:
     uncompressed_size_bytes: int | None = None
     parent_snapshot_id: str | None = None
     warm_count: int = 0
+    description: str | None = None
+    expires_at: datetime | None = None
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The records: instances, snapshots, images and intents in one SQLite database.
+"""The records: instances, snapshots, images, schedules and intents in one SQLite database.
 
 All records are also kept in memory, so reading and filtering never touches the disk; a write is
 one ``BEGIN IMMEDIATE`` transaction with ``synchronous=FULL`` and happens before memory changes. A
@@ -14,13 +14,15 @@ import contextlib
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from stillframe.model.errors import DamagedData, HostFailure, NameConflict, NotFound, StorageFull
+from stillframe.model.lineage import Forebear, bury
+from stillframe.model.schedules import Schedule
 from stillframe.model.values import Image, Instance, Snapshot
 
 T = TypeVar("T")
@@ -41,6 +43,11 @@ _MIGRATIONS = (
         subject TEXT PRIMARY KEY, verb TEXT NOT NULL, document TEXT NOT NULL
     ) STRICT;
     """,
+    # A schedule outlives its instance while its snapshots do, so it refers to none.
+    """
+    CREATE TABLE schedules (instance_id TEXT PRIMARY KEY, document TEXT NOT NULL) STRICT;
+    CREATE TABLE forebears (id TEXT PRIMARY KEY, document TEXT NOT NULL) STRICT;
+    """,
 )
 
 
@@ -54,7 +61,7 @@ class Intent:
 
 
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {
-    kind: TypeAdapter(kind) for kind in (Instance, Snapshot, Image)
+    kind: TypeAdapter(kind) for kind in (Instance, Snapshot, Image, Schedule, Forebear)
 }
 
 
@@ -84,6 +91,8 @@ class Records:
         self.damaged: list[tuple[str, str]] = []  # (table, id) of unreadable records
         self.instances = self._load("instances", Instance)
         self.snapshots = self._load("snapshots", Snapshot)
+        self.schedules = self._load("schedules", Schedule, key="instance_id")
+        self.forebears = self._load("forebears", Forebear)
         self._images = {i.name: i for i in self._load("images", Image, key="name").values()}
         self.intents = {
             subject: Intent(subject, verb, json.loads(document))
@@ -194,8 +203,12 @@ class Records:
             for i in self.intents.values()
         )
 
-    def put_snapshot(self, snapshot: Snapshot) -> None:
-        """Write a snapshot durably, fulfilling its intent. Raises NameConflict."""
+    def put_snapshot(self, snapshot: Snapshot, *, head: bool = False) -> None:
+        """Write a snapshot durably, fulfilling its intent. Raises NameConflict.
+
+        With ``head`` its source, if there is one, gets it as its head in the same transaction.
+        """
+        source = self.instances.get(snapshot.source_instance_id) if head else None
         with self.transaction() as sql:
             sql.execute(
                 "INSERT INTO snapshots (id, source_instance_id, name, document) "
@@ -204,18 +217,77 @@ class Records:
                 (snapshot.id, snapshot.source_instance_id, snapshot.name, to_json(snapshot)),
             )
             sql.execute("DELETE FROM intents WHERE subject = ?", (snapshot.id,))
+            if source is not None:
+                source = replace(source, head_snapshot_id=snapshot.id)
+                sql.execute(
+                    "UPDATE instances SET document = ? WHERE id = ?", (to_json(source), source.id)
+                )
         self.snapshots[snapshot.id] = snapshot
         self.intents.pop(snapshot.id, None)
+        if source is not None:
+            self.instances[source.id] = source
+
+    def update_snapshot(self, snapshot: Snapshot) -> None:
+        """Write what changed of a known snapshot, leaving any intent. Raises NameConflict."""
+        with self.transaction() as sql:
+            sql.execute(
+                "UPDATE snapshots SET name = ?, document = ? WHERE id = ?",
+                (snapshot.name, to_json(snapshot), snapshot.id),
+            )
+        self.snapshots[snapshot.id] = snapshot
 
     def drop_snapshot(self, snapshot_id: str, intent: Intent | None = None) -> None:
-        """Forget a snapshot; with ``intent`` (its removal) in the same transaction."""
+        """Forget a snapshot; with ``intent`` (its removal) in the same transaction.
+
+        While others descend from it, it is remembered as their forebear.
+        """
+        forebears = bury(
+            self.forebears, self.snapshots.get(snapshot_id), self._referred(without=snapshot_id)
+        )
         with self.transaction() as sql:
             sql.execute("DELETE FROM snapshots WHERE id = ?", (snapshot_id,))
             if intent is not None:
                 self._insert_intent(sql, intent)
+            self._write_forebears(sql, forebears)
         self.snapshots.pop(snapshot_id, None)
+        self.forebears = forebears
         if intent is not None:
             self.intents[intent.subject] = intent
+
+    def _referred(self, *, without: str) -> Iterator[str | None]:
+        for snapshot in self.snapshots.values():
+            if snapshot.id != without:
+                yield snapshot.parent_snapshot_id
+        for instance in self.instances.values():
+            yield instance.parent_snapshot_id
+            yield instance.head_snapshot_id
+
+    def _write_forebears(self, sql: sqlite3.Connection, forebears: Mapping[str, Forebear]) -> None:
+        for identifier in self.forebears.keys() - forebears.keys():
+            sql.execute("DELETE FROM forebears WHERE id = ?", (identifier,))
+        for forebear in forebears.values():
+            if self.forebears.get(forebear.id) != forebear:
+                sql.execute(
+                    "INSERT OR REPLACE INTO forebears (id, document) VALUES (?, ?)",
+                    (forebear.id, to_json(forebear)),
+                )
+
+    # -- schedules ----------------------------------------------------------------------------
+    def put_schedule(self, schedule: Schedule) -> None:
+        """Write a schedule durably under its instance's id."""
+        with self.transaction() as sql:
+            sql.execute(
+                "INSERT INTO schedules (instance_id, document) VALUES (?, ?) "
+                "ON CONFLICT (instance_id) DO UPDATE SET document = excluded.document",
+                (schedule.instance_id, to_json(schedule)),
+            )
+        self.schedules[schedule.instance_id] = schedule
+
+    def drop_schedule(self, instance_id: str) -> None:
+        """Forget the schedule of an instance; none is fine."""
+        with self.transaction() as sql:
+            sql.execute("DELETE FROM schedules WHERE instance_id = ?", (instance_id,))
+        self.schedules.pop(instance_id, None)
 
     # -- images -------------------------------------------------------------------------------
     def put(self, image: Image) -> None:

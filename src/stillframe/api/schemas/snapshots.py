@@ -5,9 +5,10 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AwareDatetime, Field
 
 from stillframe.api.schemas.base import Answer, Body, Flag, Int, Name, Tags, Text, utc
+from stillframe.engine.keeping.interface import SnapshotChanges
 from stillframe.model.errors import InvalidRequest
 from stillframe.model.states import InstanceState
 from stillframe.model.units import parse_duration
@@ -102,6 +103,32 @@ class SnapshotCreateBody(Body):
     tags: Tags | None = None
 
 
+class SnapshotEditBody(Body):
+    """What to change of a snapshot; null clears, an absent field stays. Stillframe's own."""
+
+    name: Name | None = None
+    tags: Tags | None = None
+    description: Annotated[Text | None, Field(json_schema_extra={"maxLength": 4096})] = None
+    expires_at: AwareDatetime | None = None
+    pinned: Flag | None = None
+
+    def parse(self) -> SnapshotChanges:
+        """The fields that the request names."""
+        changes: SnapshotChanges = {}
+        named = self.model_fields_set
+        if "name" in named:
+            changes["name"] = self.name
+        if "tags" in named:
+            changes["tags"] = self.tags
+        if "description" in named:
+            changes["description"] = self.description
+        if "expires_at" in named:
+            changes["expires_at"] = self.expires_at
+        if "pinned" in named:
+            changes["pinned"] = self.pinned
+        return changes
+
+
 class SnapshotRestoreBody(Body):
     """Options of restoring a snapshot in place."""
 
@@ -138,6 +165,9 @@ class SnapshotAnswer(Answer):
     pause_ms: float | None = None
     timings_ms: dict[str, float] | None = None
     parent_snapshot_id: str | None = None
+    description: str | None = None
+    expires_at: datetime | None = None
+    pinned: bool = False
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> SnapshotAnswer:
@@ -161,4 +191,7 @@ class SnapshotAnswer(Answer):
             pause_ms=snapshot.pause_ms,
             timings_ms=dict(snapshot.timings_ms),
             parent_snapshot_id=snapshot.parent_snapshot_id,
+            description=snapshot.description,
+            expires_at=utc(snapshot.expires_at),
+            pinned=snapshot.pinned,
         )

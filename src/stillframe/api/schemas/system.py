@@ -1,10 +1,12 @@
-"""Health and capabilities on the wire (contract section 3.7)."""
+"""Health, capabilities and resources on the wire (contract section 3.7)."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Literal
 
 from stillframe.api.schemas.base import Answer
+from stillframe.engine.keeping.interface import Allotment, HostResources
 
 
 class Health(Answer):
@@ -75,3 +77,96 @@ class Capabilities(Answer):
     network: NetworkInfo
     images: ImagesInfo
     features: list[str]
+
+
+class ResourceStatus(Answer):
+    """One resource: vCPUs, bytes, or bytes per second; a capacity of 0 is unknown.
+
+    ``available`` is never below 0; nothing is refused for lack of vCPUs or memory, so more than
+    there is may be allocated. ``source`` says how the capacity was found.
+    """
+
+    type: str
+    capacity: int
+    effective_limit: int
+    allocated: int
+    available: int
+    oversub_ratio: float = 1.0
+    source: str = "detected"
+
+    @classmethod
+    def of(cls, type: str, allotment: Allotment) -> ResourceStatus:
+        """The wire form of a resource."""
+        return cls(
+            type=type,
+            capacity=allotment.capacity,
+            effective_limit=allotment.effective_limit,
+            allocated=allotment.allocated,
+            available=allotment.available,
+        )
+
+
+class DiskBreakdown(Answer):
+    """Bytes on disk. ``snapshots_bytes`` is Stillframe's own.
+
+    ``overlays_bytes`` is all that instances hold: writable disks, memory of their own, logs. An
+    image that a snapshot shares with its forks counts once, for the snapshot.
+    """
+
+    images_bytes: int
+    oci_cache_bytes: int = 0
+    overlays_bytes: int
+    volumes_bytes: int = 0
+    snapshots_bytes: int
+
+
+class ResourceAllocation(Answer):
+    """What one instance has; without a VMM no vCPUs and no memory."""
+
+    instance_id: str
+    instance_name: str
+    cpu: int
+    memory_bytes: int
+    disk_bytes: int
+    network_download_bps: int = 0
+    network_upload_bps: int = 0
+    disk_io_bps: int = 0
+
+
+class SnapshotQuota(Answer):
+    """How much the snapshots take, and their limits (0: none)."""
+
+    count: int
+    stored_bytes: int
+    max_snapshots: int
+    max_snapshot_bytes: int
+    min_free_bytes: int
+
+
+class Resources(Answer):
+    """What the host has and who has it. ``snapshots`` is Stillframe's own."""
+
+    cpu: ResourceStatus
+    memory: ResourceStatus
+    disk: ResourceStatus
+    network: ResourceStatus
+    disk_breakdown: DiskBreakdown
+    allocations: list[ResourceAllocation]
+    snapshots: SnapshotQuota
+
+    @classmethod
+    def of(cls, resources: HostResources) -> Resources:
+        """The wire form of the host's resources."""
+        return cls(
+            cpu=ResourceStatus.of("cpu", resources.cpu),
+            memory=ResourceStatus.of("memory", resources.memory),
+            disk=ResourceStatus.of("disk", resources.disk),
+            network=ResourceStatus.of("network", resources.network),
+            disk_breakdown=DiskBreakdown(
+                images_bytes=resources.disk_use.images,
+                overlays_bytes=resources.disk_use.instances,
+                snapshots_bytes=resources.disk_use.snapshots,
+            ),
+            allocations=[ResourceAllocation(**asdict(share)) for share in resources.shares],
+            snapshots=SnapshotQuota(**asdict(resources.snapshots)),
+        )

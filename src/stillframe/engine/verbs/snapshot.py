@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from stillframe.engine.capture import capture, manifest_facts
 from stillframe.engine.context import Context, Phases
+from stillframe.engine.keeping.quota import check_room, expected_bytes
 from stillframe.engine.telemetry import Operation
 from stillframe.engine.verbs.standby import refuse_compression
 from stillframe.host.files import clone, remove_tree, storage_errors
@@ -38,8 +39,8 @@ async def snapshot(
 ) -> Snapshot:
     """Capture an instance. Data, manifest and record are on disk, in that order, on return.
 
-    Raises InvalidRequest, NotFound, Conflict (state or name), StorageFull, VmmFailure; then the
-    source is as before and nothing is left.
+    Raises InvalidRequest, NotFound, Conflict (state, name or quota), StorageFull, VmmFailure; then
+    the source is as before and nothing is left.
     """
     if name is not None:
         check_name(name, what="snapshot name")
@@ -52,6 +53,7 @@ async def snapshot(
         permission(verb, instance.state, refusal_code="conflict")
         if name is not None and context.records.snapshot_name_taken(instance_id, name):
             raise _name_taken(name)
+        check_room(context, expected_bytes(context, instance))
         wanted = Snapshot(
             id=context.new_id(),
             kind=kind,
@@ -62,7 +64,7 @@ async def snapshot(
             source_hypervisor=instance.hypervisor,
             created_at=context.now(),
             size_bytes=0,
-            parent_snapshot_id=instance.parent_snapshot_id,
+            parent_snapshot_id=instance.head_snapshot_id or instance.parent_snapshot_id,
             template=instance,
         )
         return await _take(context, instance, wanted)
@@ -93,7 +95,7 @@ async def _take(context: Context, instance: Instance, wanted: Snapshot) -> Snaps
             template=_template(context, instance, wanted.kind),
         )
         try:
-            context.records.put_snapshot(taken)
+            context.records.put_snapshot(taken, head=True)
         except NameConflict as error:
             raise _name_taken(name or "") from error
         undo.pop_all()
@@ -137,7 +139,7 @@ def _template(context: Context, instance: Instance, kind: SnapshotKind) -> Insta
     """The instance as a fork will find it: at rest, without a process."""
     standby = kind is SnapshotKind.STANDBY
     resting = InstanceState.STANDBY if standby else InstanceState.STOPPED
-    return context.moved(instance, resting, process=None, timings_ms={})
+    return context.moved(instance, resting, process=None, timings_ms={}, head_snapshot_id=None)
 
 
 def _name_taken(name: str) -> Conflict:

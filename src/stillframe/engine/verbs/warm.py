@@ -109,7 +109,7 @@ class WarmForks:
                 hint="take a snapshot of the running instance",
             )
         snapshot = replace(snapshot, warm_count=count)
-        self._context.records.put_snapshot(snapshot)
+        self._context.records.update_snapshot(snapshot)
         self._pools.setdefault(snapshot_id, _Pool()).limited_by = None
         self._drop(snapshot_id, keep=count)
         await self._ended()

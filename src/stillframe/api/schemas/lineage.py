@@ -1,0 +1,94 @@
+"""The family tree and the preview of a deletion on the wire. Stillframe's own."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from stillframe.api.schemas.base import Answer, utc
+from stillframe.engine.keeping.interface import DeletionPreview
+from stillframe.model.lineage import Lineage, Relative, RelativeKind
+
+
+class RelativeAnswer(Answer):
+    """A snapshot or instance in a family tree; ``state`` is the kind of a snapshot.
+
+    ``exclusive_bytes`` is what deleting it would free. ``shares_memory_with`` are the ids of those
+    that map or hold the same memory image. Of a deleted one little more than its id is known.
+    """
+
+    kind: RelativeKind
+    id: str
+    name: str | None = None
+    state: str | None = None
+    created_at: datetime | None = None
+    parent_snapshot_id: str | None = None
+    parent_instance_id: str | None = None
+    source_instance_id: str | None = None
+    pinned: bool = False
+    deleted: bool = False
+    exclusive_bytes: int | None = None
+    shares_memory_with: list[str]
+
+    @classmethod
+    def of(cls, relative: Relative) -> RelativeAnswer:
+        """The wire form of a relative."""
+        return cls(
+            kind=relative.kind,
+            id=relative.id,
+            name=relative.name,
+            state=relative.state,
+            created_at=utc(relative.created_at),
+            parent_snapshot_id=relative.parent_snapshot_id,
+            parent_instance_id=relative.parent_instance_id,
+            source_instance_id=relative.source_instance_id,
+            pinned=relative.pinned,
+            deleted=relative.deleted,
+            exclusive_bytes=relative.exclusive_bytes,
+            shares_memory_with=list(relative.shares_memory_with),
+        )
+
+
+class LineageAnswer(Answer):
+    """A snapshot, its ancestors (nearest first) and its descendants (oldest first)."""
+
+    snapshot: RelativeAnswer
+    ancestors: list[RelativeAnswer]
+    descendants: list[RelativeAnswer]
+
+    @classmethod
+    def of(cls, lineage: Lineage) -> LineageAnswer:
+        """The wire form of a lineage."""
+        return cls(
+            snapshot=RelativeAnswer.of(lineage.snapshot),
+            ancestors=[RelativeAnswer.of(relative) for relative in lineage.ancestors],
+            descendants=[RelativeAnswer.of(relative) for relative in lineage.descendants],
+        )
+
+
+class DeletionPreviewAnswer(Answer):
+    """What deleting a snapshot would do. ``refused`` says why it would not be deleted.
+
+    ``shared_with`` go on unharmed with the memory image they share; ``in_use`` counts forks and
+    restores under way that the deletion would wait for.
+    """
+
+    snapshot_id: str
+    name: str | None = None
+    pinned: bool
+    bytes_freed: int
+    shared_with: list[RelativeAnswer]
+    in_use: int
+    refused: str | None = None
+
+    @classmethod
+    def of(cls, preview: DeletionPreview) -> DeletionPreviewAnswer:
+        """The wire form of a preview."""
+        return cls(
+            snapshot_id=preview.snapshot.id,
+            name=preview.snapshot.name,
+            pinned=preview.snapshot.pinned,
+            bytes_freed=preview.bytes_freed,
+            shared_with=[RelativeAnswer.of(relative) for relative in preview.shared_with],
+            in_use=preview.in_use,
+            refused=preview.refused,
+        )

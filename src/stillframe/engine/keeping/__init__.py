@@ -1,0 +1,1 @@
+"""Keeping snapshots: schedules, expiry, edits, the family tree, quotas, the host's resources."""

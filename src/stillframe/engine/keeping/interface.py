@@ -1,0 +1,156 @@
+"""What the engine offers for keeping snapshots: part of ``EngineInterface``, in a file of its own.
+
+Sizes are bytes. Every verb raises only StillframeError (or CancelledError).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol, TypedDict
+
+from stillframe.model.lineage import Lineage, Relative
+from stillframe.model.schedules import Schedule, ScheduleRequest
+from stillframe.model.values import Snapshot
+
+
+class SnapshotChanges(TypedDict, total=False):
+    """What to change of a snapshot: absent keys stay, None clears (``pinned``: false)."""
+
+    name: str | None
+    tags: Mapping[str, str] | None
+    description: str | None
+    expires_at: datetime | None
+    pinned: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeletionPreview:
+    """What deleting a snapshot would do: the bytes it frees, and who goes on sharing the rest.
+
+    ``refused`` says why it would be refused (None: it would not); ``in_use`` counts verbs under way
+    that the deletion would wait for.
+    """
+
+    snapshot: Snapshot
+    bytes_freed: int
+    shared_with: tuple[Relative, ...]
+    refused: str | None = None
+    in_use: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionLine:
+    """One of a schedule's own snapshots: whether it is kept, why, and what deleting it frees."""
+
+    snapshot: Snapshot
+    keep: bool
+    reasons: tuple[str, ...]
+    bytes_freed: int
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionPlan:
+    """What retention would do at ``now``; ``bytes_freed`` by all that go, taken together."""
+
+    now: datetime
+    lines: tuple[RetentionLine, ...]
+    bytes_freed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Allotment:
+    """A resource of the host: what there is, may be given, is given, and is left.
+
+    ``capacity`` and the others are vCPUs, bytes, or bytes per second; zero capacity is unknown.
+    """
+
+    capacity: int
+    effective_limit: int
+    allocated: int
+    available: int
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceShare:
+    """What one instance takes: nothing but disk while it has no VMM."""
+
+    instance_id: str
+    instance_name: str
+    cpu: int
+    memory_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DiskUse:
+    """Bytes on disk by what they hold; what is hard-linked counts once, for the snapshot."""
+
+    images: int
+    instances: int
+    snapshots: int
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotUse:
+    """How much of the quotas is used; a limit of zero is none."""
+
+    count: int
+    stored_bytes: int
+    max_snapshots: int
+    max_snapshot_bytes: int
+    min_free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostResources:
+    """The host's resources and who has them."""
+
+    cpu: Allotment
+    memory: Allotment
+    disk: Allotment
+    network: Allotment
+    disk_use: DiskUse
+    snapshots: SnapshotUse
+    shares: tuple[InstanceShare, ...]
+
+
+class KeepingInterface(Protocol):
+    """Editing, deleting, scheduling and weighing snapshots; the host's resources."""
+
+    def edit_snapshot(self, snapshot_id: str, changes: SnapshotChanges) -> Snapshot:
+        """Change the words beside a snapshot. Raises NotFound, InvalidRequest, Conflict (name)."""
+
+    async def delete_snapshot(self, snapshot_id: str, *, force: bool = False) -> None:
+        """Delete; forks and source go on unharmed. Raises NotFound, Conflict (pinned, no force)."""
+
+    async def preview_deletion(self, snapshot_id: str, *, force: bool = False) -> DeletionPreview:
+        """What ``delete_snapshot`` would do, doing nothing. Raises NotFound."""
+
+    async def lineage(self, snapshot_id: str) -> Lineage:
+        """Ancestors and descendants of a snapshot, each measured. Raises NotFound."""
+
+    async def family(self, instance_id: str | None = None) -> list[Relative]:
+        """Every snapshot and instance (or those related to one), each measured, oldest first."""
+
+    def find_schedule(self, instance_id: str) -> Schedule:
+        """The schedule of an instance. Raises NotFound when either is missing."""
+
+    def set_schedule(self, instance_id: str, wanted: ScheduleRequest) -> Schedule:
+        """Make or replace the schedule of an instance. Raises NotFound, InvalidRequest."""
+
+    def delete_schedule(self, instance_id: str) -> None:
+        """Forget the schedule; its snapshots stay for good. Raises NotFound."""
+
+    async def run_schedule(self, instance_id: str) -> Schedule:
+        """Take the schedule's snapshot now, then apply its retention.
+
+        Raises NotFound and what ``snapshot`` raises; a failure is recorded with the schedule too.
+        """
+
+    async def explain_retention(self, instance_id: str) -> RetentionPlan:
+        """What the schedule's retention would do now, and why. Raises NotFound."""
+
+    async def resources(self) -> HostResources:
+        """What the host has, and who has it."""

@@ -1,0 +1,86 @@
+"""Room for one more snapshot: quotas, and the space that is kept free. Asked before any pause."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from pathlib import Path
+
+from stillframe.engine.context import Context
+from stillframe.host.capacity import private_bytes
+from stillframe.host.files import allocated_bytes, available_bytes, storage_errors, supports_reflink
+from stillframe.model.errors import InsufficientResources, StorageFull
+from stillframe.model.states import InstanceState
+from stillframe.model.units import format_size
+from stillframe.model.values import Instance
+
+
+def check_room(context: Context, expected_bytes: int) -> None:
+    """Return if a snapshot of about ``expected_bytes`` on disk may be taken; touches nothing.
+
+    Raises InsufficientResources beyond a quota, StorageFull when less than ``min_free_bytes``
+    would stay free; message and facts bear the figures.
+    """
+    settings, used = context.settings, stored_bytes(context)
+    count = len(context.records.snapshots) + sum(
+        # A live fork's capture is no snapshot that stays: its intent names none.
+        intent.verb == "snapshot" and "name" in intent.facts
+        for intent in context.records.intents.values()
+    )
+    if 0 < settings.max_snapshots <= count:
+        raise InsufficientResources(
+            f"the server has {count} snapshots, {settings.max_snapshots} are allowed",
+            hint="delete some, or raise limits.max_snapshots",
+            snapshots=count,
+            max_snapshots=settings.max_snapshots,
+        )
+    if settings.max_snapshot_bytes and used + expected_bytes > settings.max_snapshot_bytes:
+        raise InsufficientResources(
+            f"the snapshots take {format_size(used)} and this one about "
+            f"{format_size(expected_bytes)} more; {format_size(settings.max_snapshot_bytes)} are "
+            "allowed",
+            hint="delete some, or raise limits.max_snapshot_bytes",
+            stored_bytes=used,
+            expected_bytes=expected_bytes,
+            max_snapshot_bytes=settings.max_snapshot_bytes,
+        )
+    with storage_errors("look at the free space"):
+        free = available_bytes(context.data.root)
+    if free - expected_bytes < settings.min_free_bytes:
+        raise StorageFull(
+            f"{format_size(free)} are free and this snapshot takes about "
+            f"{format_size(expected_bytes)}; {format_size(settings.min_free_bytes)} are kept free",
+            hint="free space in the data directory, or lower limits.min_free",
+            free_bytes=free,
+            expected_bytes=expected_bytes,
+            min_free_bytes=settings.min_free_bytes,
+        )
+
+
+def stored_bytes(context: Context) -> int:
+    """What all snapshots take on disk, by their records."""
+    return sum(snapshot.stored_bytes for snapshot in context.records.snapshots.values())
+
+
+def expected_bytes(context: Context, instance: Instance) -> int:
+    """About how many bytes on disk a snapshot of ``instance`` will take now.
+
+    Clones cost nothing where blocks can be shared, and their data elsewhere; to that come the pages
+    that the VMM holds privately, which is what the guest wrote and the VMM's own memory.
+    """
+    paths = context.data.instance(instance.id)
+    cloned = [paths.overlay]
+    written = 0
+    if instance.state is InstanceState.RUNNING and instance.process is not None:
+        cloned.append(paths.memory)
+        written = min(instance.memory_bytes, private_bytes(instance.process.pid))
+    if _clones_are_free(context.data.templates):
+        return written
+    with contextlib.suppress(FileNotFoundError):
+        written += sum(allocated_bytes(path) for path in cloned)
+    return written
+
+
+@functools.cache
+def _clones_are_free(directory: Path) -> bool:
+    return supports_reflink(directory)

@@ -1,0 +1,368 @@
+"""Schedules and expiry: one task that sleeps until something is due, and starts it.
+
+A run is taken by the same verb as people use. Its order makes a crash anywhere harmless:
+
+1. one commit says that the run began: its snapshot's name is pending, the next run is set;
+2. the snapshot, a verb of its own with its own intent;
+3. one commit says what became of it;
+4. retention deletes, each deletion a verb of its own.
+
+After a crash in 2 the pending name tells whether the snapshot was taken; if not, the run is made
+up for, once. A crash in 4 leaves to the next run what it did not delete.
+
+Runs go by the wall clock, and at most one is made up for however many were missed; when the clock
+goes back, the next run is set anew. Deletions go by the believed clock (``clock.py``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from stillframe.engine.context import Context
+from stillframe.engine.keeping import retain
+from stillframe.engine.keeping.clock import BelievedClock, steady_seconds
+from stillframe.engine.verbs import snapshot as taking
+from stillframe.model.errors import (
+    Conflict,
+    InsufficientResources,
+    NotFound,
+    StillframeError,
+    StorageFull,
+)
+from stillframe.model.schedules import (
+    Schedule,
+    ScheduleRequest,
+    check_schedule,
+    first_run,
+    latest_plausible,
+    marks,
+    next_slot,
+    snapshot_name,
+)
+from stillframe.model.states import InstanceState
+from stillframe.model.values import Instance, Snapshot, SnapshotKind
+
+log = logging.getLogger("stillframe.schedule")
+_LONGEST_SLEEP = (
+    60.0  # seconds: how late a run may be after a leap of the clock, as in the contract
+)
+_SHORTEST_SLEEP = 0.5
+_AFTER_FAILURE = 60.0  # until something that could not even be begun is tried again
+_KINDS = {
+    InstanceState.RUNNING: SnapshotKind.STANDBY,
+    InstanceState.STANDBY: SnapshotKind.STANDBY,
+    InstanceState.STOPPED: SnapshotKind.STOPPED,
+}
+_INTERRUPTED = "the server ended during the run"
+
+
+class Scheduler:
+    """Starts what is due; used from the event loop's thread only.
+
+    ``steady`` is a monotonic clock in seconds. Runs take turns, deletions do not wait for them.
+    """
+
+    def __init__(self, context: Context, *, steady: Callable[[], float] = steady_seconds) -> None:
+        self._context = context
+        self.clock = BelievedClock(self._wall, steady)
+        self._times_gone_back: int | None = None  # as known at the last look
+        self._changed = asyncio.Event()
+        self._turn = asyncio.Lock()
+        self._work: dict[str, asyncio.Task[None]] = {}
+        self._not_before: dict[str, float] = {}
+
+    def _wall(self) -> datetime:
+        # Looked up at each reading: the clock of an engine may be set.
+        return self._context.now()
+
+    # -- schedules as people handle them ------------------------------------------------------
+    def find(self, instance_id: str) -> Schedule:
+        """The schedule of an instance. Raises NotFound when either is missing."""
+        self._context.instance(instance_id)
+        schedule = self._context.records.schedules.get(instance_id)
+        if schedule is None:
+            raise NotFound(
+                "the instance has no snapshot schedule",
+                hint="set one with `stillframe schedule set`",
+            )
+        if schedule.paused and schedule.next_run_at <= self._context.now():
+            return replace(schedule, next_run_at=next_slot(schedule, self._context.now()))
+        return schedule
+
+    def set(self, instance_id: str, wanted: ScheduleRequest) -> Schedule:
+        """Make or replace a schedule; a rhythm that stays keeps its next run.
+
+        Raises NotFound, InvalidRequest.
+        """
+        check_schedule(wanted)
+        self._context.instance(instance_id)
+        now = self._context.now()
+        old = self._context.records.schedules.get(instance_id)
+        first = first_run(wanted, now)
+        base = old or Schedule(instance_id, wanted.retention, first, now, now, first)
+        if (base.interval, base.cron) == (wanted.interval, wanted.cron):
+            first = base.next_run_at
+            if base.paused and first <= now:  # what a pause left out is nothing to make up for
+                first = next_slot(base, now)
+        else:
+            base = replace(base, anchor=first)
+        schedule = replace(
+            base,
+            retention=wanted.retention,
+            next_run_at=first,
+            updated_at=now,
+            interval=wanted.interval,
+            cron=wanted.cron,
+            name_prefix=wanted.name_prefix or None,
+            metadata=dict(wanted.metadata),
+            paused=wanted.paused,
+        )
+        self._context.records.put_schedule(schedule)
+        self.wake()
+        return schedule
+
+    def delete(self, instance_id: str) -> None:
+        """Forget a schedule; its snapshots stay for good. Raises NotFound."""
+        self.find(instance_id)
+        self._context.records.drop_schedule(instance_id)
+        self.wake()
+
+    async def run(self, instance_id: str) -> Schedule:
+        """Take the schedule's snapshot now, paused or not, then apply its retention.
+
+        Raises NotFound and what a snapshot raises, which the schedule records too.
+        """
+        self.find(instance_id)
+        async with self._turn:
+            return await self._run(self._begin(self.find(instance_id)))
+
+    # -- the task -----------------------------------------------------------------------------
+    def start(self) -> None:
+        """Settle runs that an earlier server did not finish, then look after what is due."""
+        for schedule in list(self._context.records.schedules.values()):
+            if schedule.pending is not None:
+                self._settle(schedule)
+        self._context.spawn(self._watch(), name="scheduler")
+
+    def wake(self) -> None:
+        """Look again at what is due: a schedule or an expiry has changed."""
+        self._changed.set()
+
+    async def settled(self) -> None:
+        """Return when nothing that was started is under way any more."""
+        while self._work:
+            await asyncio.wait(self._work.values())
+
+    async def _watch(self) -> None:
+        while not self._context.closing:
+            self._changed.clear()
+            sleep: float | None = _LONGEST_SLEEP
+            try:
+                sleep = self.tick()
+            except Exception:  # whatever it is, the other schedules must go on
+                log.exception("the scheduler failed; it goes on")
+            try:
+                async with asyncio.timeout(sleep):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    def tick(self) -> float | None:
+        """Start everything that is due; seconds until the next look, None if nothing is to come."""
+        records, now = self._context.records, self._context.now()
+        believed = self.clock.read()
+        went_back = self._times_gone_back != self.clock.times_gone_back
+        self._times_gone_back = self.clock.times_gone_back
+        waits: list[timedelta] = []
+        for schedule in list(records.schedules.values()):
+            if schedule.instance_id not in records.instances:
+                due = retain.due_without_instance(self._context, schedule, believed)
+                self._at(schedule.instance_id, due, believed, self._retain, waits)
+            elif not schedule.paused:
+                due = self._set_anew(schedule, now) if went_back else schedule.next_run_at
+                self._at(schedule.instance_id, due, now, self._run_due, waits)
+        for snapshot in list(records.snapshots.values()):
+            if snapshot.expires_at is not None and not snapshot.pinned:
+                self._at(snapshot.id, snapshot.expires_at, believed, self._expire, waits)
+        if not waits:
+            return None
+        return min(max(min(waits).total_seconds(), _SHORTEST_SLEEP), _LONGEST_SLEEP)
+
+    def _at(
+        self,
+        key: str,
+        due: datetime,
+        now: datetime,
+        work: Callable[[str], Coroutine[Any, Any, None]],
+        waits: list[timedelta],
+    ) -> None:
+        """Start ``work(key)`` if it is due and not under way, else note how long until then."""
+        if key in self._work:
+            return
+        if due > now:
+            waits.append(due - now)
+            return
+        rest = self._not_before.get(key, 0.0) - self.clock.steady()
+        if rest > 0:
+            waits.append(timedelta(seconds=rest))
+            return
+        task = self._context.spawn(self._supervised(key, work), name=f"scheduled {key}")
+        self._work[key] = task
+        task.add_done_callback(lambda _: self._ended(key))
+
+    async def _supervised(self, key: str, work: Callable[[str], Coroutine[Any, Any, None]]) -> None:
+        self._not_before.pop(key, None)
+        try:
+            await work(key)
+        except Exception:
+            self._not_before[key] = self.clock.steady() + _AFTER_FAILURE
+            raise
+
+    def _ended(self, key: str) -> None:
+        self._work.pop(key, None)
+        self.wake()
+
+    # -- work ---------------------------------------------------------------------------------
+    async def _expire(self, snapshot_id: str) -> None:
+        snapshot = self._context.records.snapshots.get(snapshot_id)
+        expiry = None if snapshot is None else snapshot.expires_at
+        if expiry is not None and expiry <= self.clock.read():
+            log.info("snapshot %s has expired", snapshot_id)
+            await retain.delete_quietly(self._context, snapshot_id)
+
+    async def _retain(self, instance_id: str) -> None:
+        """Apply the retention of a schedule whose instance is gone; end it when all is done."""
+        schedule = self._context.records.schedules.get(instance_id)
+        if schedule is not None:
+            await retain.prune(self._context, schedule, self.clock.read())
+            if retain.is_finished(self._context, schedule, self.clock.read()):
+                self._context.records.drop_schedule(instance_id)
+
+    async def _run_due(self, instance_id: str) -> None:
+        async with self._turn:
+            schedule = self._context.records.schedules.get(instance_id)
+            if schedule is None or schedule.paused or schedule.next_run_at > self._context.now():
+                return  # changed, or run by hand, while it waited for its turn
+            begun = self._begin(schedule)
+            try:
+                await self._run(begun)
+            except StillframeError as error:  # it is recorded with the schedule
+                log.warning("scheduled snapshot of %s: %s", instance_id, error)
+
+    async def _run(self, schedule: Schedule) -> Schedule:
+        """The run that ``_begin`` committed to; see the module's text for the order."""
+        try:
+            taken = await self._take(schedule)
+        except StillframeError as error:
+            self._finish(schedule, error=error.message)
+            raise
+        except Exception:
+            self._finish(schedule, error="an unforeseen error; the server's log has it")
+            raise
+        finished = self._finish(schedule, snapshot_id=taken.id)
+        try:
+            await retain.prune(self._context, finished, self.clock.read())
+        except StillframeError as error:
+            return self._finish(finished, snapshot_id=taken.id, error=f"retention: {error.message}")
+        return finished
+
+    def _begin(self, schedule: Schedule) -> Schedule:
+        now, records = self._context.now(), self._context.records
+        source = schedule.instance_id
+        taken = frozenset(
+            s.name for s in records.snapshots.values() if s.source_instance_id == source and s.name
+        )
+        overdue = schedule.next_run_at <= now
+        begun = replace(
+            schedule,
+            last_run_at=now,
+            last_snapshot_id=None,
+            last_error=None,
+            pending=snapshot_name(schedule.name_prefix, now, taken),
+            next_run_at=next_slot(schedule, now) if overdue else schedule.next_run_at,
+        )
+        records.put_schedule(begun)
+        return begun
+
+    async def _take(self, schedule: Schedule) -> Snapshot:
+        try:
+            return await self._capture(schedule)
+        except (InsufficientResources, StorageFull):
+            # What retention would delete anyway must not stand in the way.
+            if not await retain.prune(self._context, schedule, self.clock.read()):
+                raise
+            return await self._capture(schedule)
+
+    async def _capture(self, schedule: Schedule) -> Snapshot:
+        instance = self._context.instance(schedule.instance_id)
+        return await taking.snapshot(
+            self._context,
+            instance.id,
+            kind=_kind_for(instance),
+            name=schedule.pending,
+            tags={**schedule.metadata, **marks(instance.id)},
+        )
+
+    def _finish(
+        self, schedule: Schedule, *, snapshot_id: str | None = None, error: str | None = None
+    ) -> Schedule:
+        """Write what became of a run into the schedule, as it is by now; gone stays gone."""
+        current = self._context.records.schedules.get(schedule.instance_id)
+        finished = replace(
+            current or schedule,
+            pending=None,
+            interrupted=0,
+            last_snapshot_id=snapshot_id,
+            last_error=error,
+        )
+        if current is not None:
+            self._context.records.put_schedule(finished)
+        return finished
+
+    def _settle(self, schedule: Schedule) -> None:
+        """Decide on a run that the end of a server cut off: done, to be made up for, or lost."""
+        taken = next(
+            (
+                s
+                for s in retain.own_snapshots(self._context, schedule)
+                if s.name == schedule.pending
+            ),
+            None,
+        )
+        if taken is not None:
+            self._finish(schedule, snapshot_id=taken.id)
+            return
+        first = schedule.interrupted == 0
+        self._context.records.put_schedule(
+            replace(
+                schedule,
+                pending=None,
+                last_error=_INTERRUPTED,
+                interrupted=schedule.interrupted + 1,
+                # Only once: if it is the run that ends the server, it must not do so for ever.
+                next_run_at=self._context.now() if first else schedule.next_run_at,
+            )
+        )
+
+    def _set_anew(self, schedule: Schedule, now: datetime) -> datetime:
+        """The next run after the clock went back: else it would be as far off as that was."""
+        if schedule.next_run_at <= latest_plausible(schedule, now):
+            return schedule.next_run_at
+        anew = replace(schedule, next_run_at=next_slot(schedule, now))
+        self._context.records.put_schedule(anew)
+        return anew.next_run_at
+
+
+def _kind_for(instance: Instance) -> SnapshotKind:
+    kind = _KINDS.get(instance.state)
+    if kind is None:
+        raise Conflict(
+            f"a snapshot cannot be taken while the instance is {instance.state.value}",
+            state=instance.state.value,
+        )
+    return kind

@@ -1,0 +1,45 @@
+"""What this host has: processors, memory, the speed of its network; and what a process holds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+_MEMORY_TOTAL = re.compile(r"^MemTotal:\s+(\d+) kB$", re.MULTILINE)
+_PRIVATE = re.compile(r"^(?:RssAnon|VmSwap):\s+(\d+) kB$", re.MULTILINE)
+_DEFAULT_ROUTE = re.compile(r"^(\S+)\t00000000\t", re.MULTILINE)
+_MEGABIT_BYTES = 10**6 // 8
+
+
+def processors() -> int:
+    """Processors this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def memory_bytes() -> int:
+    """Usable memory of the host (MemTotal of /proc/meminfo)."""
+    match = _MEMORY_TOTAL.search(Path("/proc/meminfo").read_text(encoding="ascii"))
+    return int(match[1]) * 1024 if match else 0
+
+
+def network_bytes_per_second() -> int:
+    """Speed of the link with the default route; 0 where the kernel does not know it."""
+    with contextlib.suppress(OSError, ValueError):
+        routes = Path("/proc/net/route").read_text(encoding="ascii")
+        if (match := _DEFAULT_ROUTE.search(routes)) is not None:
+            speed = Path("/sys/class/net", match[1], "speed").read_text(encoding="ascii")
+            return max(0, int(speed)) * _MEGABIT_BYTES
+    return 0
+
+
+def private_bytes(pid: int) -> int:
+    """Memory a process holds for itself: anonymous pages as the kernel counts them, swapped or not.
+
+    Zero for a process that is gone.
+    """
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+        return sum(int(kilobytes) for kilobytes in _PRIVATE.findall(status)) * 1024
+    return 0

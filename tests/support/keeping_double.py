@@ -1,0 +1,103 @@
+"""The part of the engine double that keeps snapshots: it remembers, and answers plausibly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from stillframe.engine.keeping.interface import (
+    Allotment,
+    DeletionPreview,
+    DiskUse,
+    HostResources,
+    InstanceShare,
+    RetentionLine,
+    RetentionPlan,
+    SnapshotChanges,
+    SnapshotUse,
+)
+from stillframe.model.errors import NotFound
+from stillframe.model.lineage import Family, Lineage, Relative
+from stillframe.model.schedules import Schedule, ScheduleRequest, check_schedule, first_run
+from stillframe.model.values import Instance, Snapshot
+
+MADE = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+MANY = Allotment(8, 8, 2, 6)
+
+
+class KeepingDouble:
+    """Schedules are kept; everything else is told from the double's instances and snapshots."""
+
+    if TYPE_CHECKING:
+        instances: list[Instance]
+        snapshots: list[Snapshot]
+        schedules: dict[str, Schedule]
+
+        def _note(self, name: str, /, *arguments: Any, **keywords: Any) -> None: ...
+
+        def find_snapshot(self, reference: str) -> Snapshot: ...
+
+    def edit_snapshot(self, snapshot_id: str, changes: SnapshotChanges) -> Snapshot:
+        self._note("edit_snapshot", snapshot_id, changes)
+        cleared: dict[str, Any] = {"tags": {}, "pinned": False}
+        changed: dict[str, Any] = {
+            key: cleared.get(key) if value is None else value for key, value in changes.items()
+        }
+        return replace(self.find_snapshot(snapshot_id), **changed)
+
+    async def preview_deletion(self, snapshot_id: str, *, force: bool = False) -> DeletionPreview:
+        self._note("preview_deletion", snapshot_id, force=force)
+        snapshot = self.find_snapshot(snapshot_id)
+        return DeletionPreview(snapshot, 4096, (self._family.instance(self.instances[0].id),))
+
+    @property
+    def _family(self) -> Family:
+        return Family({s.id: s for s in self.snapshots}, {i.id: i for i in self.instances}, {})
+
+    async def lineage(self, snapshot_id: str) -> Lineage:
+        self._note("lineage", snapshot_id)
+        family = self._family
+        above, below = family.ancestors(snapshot_id), family.descendants(snapshot_id)
+        return Lineage(family.snapshot(snapshot_id), tuple(above), tuple(below))
+
+    async def family(self, instance_id: str | None = None) -> list[Relative]:
+        self._note("family", instance_id)
+        return self._family.everyone()
+
+    def find_schedule(self, instance_id: str) -> Schedule:
+        self._note("find_schedule", instance_id)
+        if instance_id not in self.schedules:
+            raise NotFound("the instance has no snapshot schedule")
+        return self.schedules[instance_id]
+
+    def set_schedule(self, instance_id: str, wanted: ScheduleRequest) -> Schedule:
+        self._note("set_schedule", instance_id, wanted)
+        check_schedule(wanted)
+        first = first_run(wanted, MADE)
+        self.schedules[instance_id] = Schedule(
+            instance_id, wanted.retention, first, MADE, MADE, first,
+            interval=wanted.interval, cron=wanted.cron, name_prefix=wanted.name_prefix,
+            metadata=wanted.metadata, paused=wanted.paused,
+        )  # fmt: skip
+        return self.schedules[instance_id]
+
+    def delete_schedule(self, instance_id: str) -> None:
+        self._note("delete_schedule", instance_id)
+        del self.schedules[self.find_schedule(instance_id).instance_id]
+
+    async def run_schedule(self, instance_id: str) -> Schedule:
+        self._note("run_schedule", instance_id)
+        return replace(self.find_schedule(instance_id), last_run_at=MADE, last_snapshot_id="s" * 24)
+
+    async def explain_retention(self, instance_id: str) -> RetentionPlan:
+        self._note("explain_retention", instance_id)
+        self.find_schedule(instance_id)
+        lines = [RetentionLine(s, False, ("no rule keeps it",), 4096) for s in self.snapshots]
+        return RetentionPlan(MADE + timedelta(days=1), tuple(lines), 4096 * len(lines))
+
+    async def resources(self) -> HostResources:
+        self._note("resources")
+        shares = [InstanceShare(i.id, i.name, 2, 2**30, 2**33) for i in self.instances]
+        used = SnapshotUse(len(self.snapshots), 1024, 0, 0, 0)
+        return HostResources(MANY, MANY, MANY, MANY, DiskUse(1, 2, 3), used, tuple(shares))

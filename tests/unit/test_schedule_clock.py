@@ -1,0 +1,192 @@
+"""Schedules and expiry when the clock leaps, and beside forks of the same snapshots."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from stillframe.engine.engine import Engine
+from stillframe.engine.interface import ForkRequest
+from stillframe.engine.keeping.clock import PATIENCE, BelievedClock
+from stillframe.host.orphans import kill_orphans
+from stillframe.model.errors import NotFound
+from stillframe.model.retention import Retention
+from stillframe.model.schedules import ScheduleRequest
+from stillframe.model.states import InstanceState
+from stillframe.model.values import SnapshotKind
+from support.clock import DAY, HOUR, MINUTE, START, SetClock, look, stopped
+from support.engine import make_engine, running
+
+HOURLY = ScheduleRequest(Retention(max_count=3), interval=HOUR)
+
+
+@pytest.fixture
+def clock() -> SetClock:
+    return SetClock()
+
+
+@pytest.fixture
+async def engine(tmp_path: Path, clock: SetClock) -> AsyncIterator[Engine]:
+    engine = make_engine(tmp_path)
+    clock.rule(engine)
+    try:
+        await engine.open()
+        yield engine
+    finally:
+        await engine.close()
+        kill_orphans(tmp_path / "instances", ())
+
+
+async def test_an_expired_snapshot_goes_and_a_pinned_one_stays(
+    engine: Engine, clock: SetClock
+) -> None:
+    source = await stopped(engine)
+    take = engine.snapshot
+    brief, pinned, lasting = [
+        await take(source.id, kind=SnapshotKind.STOPPED, name=name)
+        for name in ("brief", "pinned", "lasting")
+    ]
+    for snapshot in (brief, pinned):
+        engine.edit_snapshot(snapshot.id, {"expires_at": START + HOUR})
+    engine.edit_snapshot(pinned.id, {"pinned": True})
+    clock.go_on(HOUR - MINUTE)
+    assert len(await look(engine)) == 3
+    clock.go_on(MINUTE)
+    assert [s.id for s in await look(engine)] == [pinned.id, lasting.id]
+    engine.edit_snapshot(pinned.id, {"pinned": False})
+    assert [s.id for s in await look(engine)] == [lasting.id]
+
+
+async def test_a_leap_of_a_day_forward_deletes_nothing_and_runs_once(
+    engine: Engine, clock: SetClock
+) -> None:
+    """F35, forward: what would go by the new time stays until the clock has held to it."""
+    source = await stopped(engine)
+    taken = await engine.snapshot(source.id, kind=SnapshotKind.STOPPED)
+    engine.edit_snapshot(taken.id, {"expires_at": START + 2 * HOUR})
+    rules = Retention(max_age=5 * HOUR)
+    engine.set_schedule(source.id, replace(HOURLY, retention=rules))
+    first = (await engine.run_schedule(source.id)).last_snapshot_id
+    await look(engine)
+    clock.leap(DAY)
+    assert len(await look(engine)) == 3
+    assert engine.find_schedule(source.id).next_run_at == START + DAY + HOUR
+    clock.leap(-DAY)
+    assert {taken.id, first} <= {s.id for s in await look(engine)}
+    clock.go_on(2 * HOUR)
+    assert taken.id not in {s.id for s in await look(engine)}
+
+
+async def test_a_leap_that_lasts_is_believed_after_a_day(engine: Engine, clock: SetClock) -> None:
+    source = await stopped(engine)
+    taken = await engine.snapshot(source.id, kind=SnapshotKind.STOPPED)
+    engine.edit_snapshot(taken.id, {"expires_at": START + 10 * DAY})
+    await look(engine)
+    clock.leap(30 * DAY)
+    for _ in range(23):
+        assert len(await look(engine)) == 1
+        clock.go_on(HOUR)
+    clock.go_on(HOUR)
+    assert await look(engine) == []
+
+
+async def test_a_leap_of_a_day_back_delays_no_run_by_a_day(engine: Engine, clock: SetClock) -> None:
+    """F35, back: the next run is set anew, and the newest snapshot does not look the oldest."""
+    source = await stopped(engine)
+    engine.set_schedule(source.id, replace(HOURLY, retention=Retention(max_count=2)))
+    daily = await stopped(engine, "daily")
+    by_cron = replace(HOURLY, interval=None, cron="0 3 * * *")
+    engine.set_schedule(daily.id, by_cron)
+    await engine.run_schedule(source.id)
+    await engine.run_schedule(source.id)
+    clock.leap(-DAY - 30 * MINUTE)
+    await look(engine)
+    assert engine.find_schedule(source.id).next_run_at == START - DAY
+    assert engine.find_schedule(daily.id).next_run_at == START.replace(hour=3)
+    clock.go_on(30 * MINUTE)
+    await look(engine)
+    last = engine.find_schedule(source.id).last_snapshot_id
+    assert last in {s.id for s in engine.list_snapshots(source_instance_id=source.id)}
+    names = [snapshot.name for snapshot in engine.context.records.snapshots.values()]
+    assert names == ["scheduled-20300101-120000-2", "scheduled-20291231-120000"]
+
+
+async def test_a_clock_that_is_slewed_moves_no_run(engine: Engine, clock: SetClock) -> None:
+    source = await stopped(engine)
+    schedule = engine.set_schedule(source.id, HOURLY)
+    for _ in range(5):
+        clock.leap(-timedelta(seconds=1))
+        await look(engine)
+    assert engine.find_schedule(source.id).next_run_at == schedule.next_run_at
+
+
+def test_the_believed_clock_follows_drift_and_holds_leaps_back() -> None:
+    clock = SetClock()
+    believed = BelievedClock(clock.now, clock.steady)
+    assert believed.read() == START
+    for _ in range(100):  # a minute too fast each hour is drift, also in the sum
+        clock.go_on(HOUR)
+        clock.leap(MINUTE)
+        assert believed.read() == clock.wall
+    clock.leap(3 * HOUR)
+    before = clock.wall - 3 * HOUR
+    assert believed.read() == before
+    clock.go_on(PATIENCE / 2)
+    clock.leap(HOUR)  # a second leap: its day begins anew
+    assert believed.read() == before + PATIENCE / 2
+    clock.go_on(PATIENCE - MINUTE)
+    assert believed.read() < clock.wall
+    clock.go_on(MINUTE)
+    assert believed.read() == clock.wall
+    clock.leap(-10 * DAY)
+    assert believed.read() == clock.wall
+
+
+async def test_deletion_by_expiry_waits_for_a_fork_under_way_and_holds_up_nothing(
+    engine: Engine, clock: SetClock
+) -> None:
+    """F64: the snapshot is gone for newcomers at once, its files when the fork has them."""
+    source = await stopped(engine)
+    taken = await engine.snapshot(source.id, kind=SnapshotKind.STOPPED)
+    engine.edit_snapshot(taken.id, {"expires_at": START + MINUTE})
+    other = await stopped(engine, "other")
+    engine.set_schedule(other.id, HOURLY)
+    clock.go_on(HOUR)
+    payload = engine.context.data.snapshot(taken.id).directory
+    async with engine.context.using(taken.id):
+        engine.scheduler.tick()
+        while engine.find_schedule(other.id).last_snapshot_id is None:
+            await asyncio.wait(engine.scheduler._work.values(), return_when="FIRST_COMPLETED")
+        with pytest.raises(NotFound):
+            engine.find_snapshot(taken.id)
+        assert payload.exists()
+    await engine.scheduler.settled()
+    assert not payload.exists()
+
+
+async def test_retention_and_forks_of_the_same_snapshots_do_not_hurt_each_other(
+    engine: Engine, clock: SetClock
+) -> None:
+    """F64: a fork of a snapshot that retention deletes works, or finds none."""
+    source = await running(engine)
+    engine.set_schedule(source.id, replace(HOURLY, retention=Retention(max_count=1)))
+    for turn in range(5):
+        done = await engine.run_schedule(source.id)
+        assert done.last_snapshot_id is not None
+        forked, ran = await asyncio.gather(
+            engine.fork_snapshot(done.last_snapshot_id, ForkRequest(f"fork-{turn}")),
+            engine.run_schedule(source.id),
+            return_exceptions=True,
+        )
+        assert not isinstance(ran, BaseException)
+        if isinstance(forked, BaseException):
+            assert isinstance(forked, NotFound)
+        else:
+            assert forked.state is InstanceState.RUNNING
+            await engine.delete(forked.id, graceful=False)
+        assert len(engine.list_snapshots()) == 1
