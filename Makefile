@@ -1,5 +1,5 @@
 # make setup | test | lint | fmt | demo | clean     (ARGS="-k name" goes to pytest)
-.PHONY: bench-boot setup test lint fmt demo clean
+.PHONY: bench-boot bench-compression setup test lint fmt demo clean
 BIN := .venv/bin
 
 setup:
@@ -20,6 +20,9 @@ fmt:
 
 bench-boot: setup
 	@$(BIN)/python bench/boot.py $(ARGS)
+
+bench-compression: setup
+	@$(BIN)/python bench/compression.py $(ARGS)
 
 demo: setup
 	@$(BIN)/python tools/demo.py $(ARGS)

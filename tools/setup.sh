@@ -14,7 +14,7 @@ PACKAGES=(
     musl-tools gcc make                 # the guest agent
     python3-venv                        # the Python environment
     skopeo docker-registry mmdebstrap   # the tests' other side
-    cpio strace zstd
+    cpio strace zstd lz4
 )
 
 say() { printf '\033[1m==> %s\033[0m\n' "$*" >&2; }

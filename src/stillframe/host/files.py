@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +18,8 @@ FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2  # linux/falloc.h
 _CANNOT_CLONE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EBADF}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_BLOCK = 4096
+_ZEROS = bytes(_BLOCK)
 
 
 class CloneKind(StrEnum):
@@ -50,25 +53,23 @@ def clone(source: Path, destination: Path) -> CloneKind:
     Uses FICLONE (ioctl_ficlonerange(2)) where the file system can, else copies data extents only.
     A partial destination is removed on failure. Raises OSError.
     """
-    with contextlib.ExitStack() as stack:
-        in_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        stack.callback(os.close, in_fd)
-        out_fd = os.open(
-            destination, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-        )
-        stack.callback(os.close, out_fd)
-        undo = stack.enter_context(contextlib.ExitStack())
-        undo.callback(destination.unlink, missing_ok=True)
-        try:
-            fcntl.ioctl(out_fd, FICLONE, in_fd)
-            kind = CloneKind.REFLINK
-        except OSError as error:
-            if error.errno not in _CANNOT_CLONE:
-                raise
-            copy_data(in_fd, out_fd)
-            kind = CloneKind.SPARSE_COPY
-        undo.pop_all()
-        return kind
+    with new_file(destination) as fd:
+        return clone_into(source, fd)
+
+
+def clone_into(source: Path, fd: int) -> CloneKind:
+    """Clone ``source`` into an empty open file, as ``clone`` does. Raises OSError."""
+    in_fd = open_regular(source)
+    try:
+        fcntl.ioctl(fd, FICLONE, in_fd)
+    except OSError as error:
+        if error.errno not in _CANNOT_CLONE:
+            raise
+        copy_data(in_fd, fd)
+        return CloneKind.SPARSE_COPY
+    finally:
+        os.close(in_fd)
+    return CloneKind.REFLINK
 
 
 def copy_data(in_fd: int, out_fd: int) -> int:
@@ -87,18 +88,95 @@ def copy_data(in_fd: int, out_fd: int) -> int:
     return copied
 
 
-def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield ``(start, end)`` byte ranges that hold data (lseek(2) SEEK_DATA, SEEK_HOLE)."""
-    position = 0
+def data_extents(fd: int, size: int, start: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield ``(start, end)`` byte ranges that hold data (lseek(2) SEEK_DATA, SEEK_HOLE).
+
+    Only ranges between ``start`` and ``size`` are named.
+    """
+    position = start
     while position < size:
         try:
-            start = os.lseek(fd, position, os.SEEK_DATA)
+            begin = os.lseek(fd, position, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:  # only a hole is left
                 return
             raise
-        position = min(os.lseek(fd, start, os.SEEK_HOLE), size)
-        yield start, position
+        if begin >= size:
+            return
+        position = min(os.lseek(fd, begin, os.SEEK_HOLE), size)
+        yield begin, position
+
+
+def open_regular(path: Path | str, *, dir_fd: int | None = None) -> int:
+    """Open a regular file for reading; never a link, a device or a pipe. Raises OSError."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    fd = os.open(path, flags, dir_fd=dir_fd)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return fd
+
+
+def create_new(path: Path | str, *, dir_fd: int | None = None) -> int:
+    """Open a new file (mode 0600) for reading and writing. Raises OSError (EEXIST too)."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    return os.open(path, flags, 0o600, dir_fd=dir_fd)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[int]:
+    """A new file, open for reading and writing; removed unless the block ends well.
+
+    Raises OSError.
+    """
+    with contextlib.ExitStack() as stack:
+        fd = create_new(path)
+        stack.callback(os.close, fd)
+        undo = stack.enter_context(contextlib.ExitStack())
+        undo.callback(path.unlink, missing_ok=True)
+        yield fd
+        undo.pop_all()
+
+
+def read_exactly(fd: int, length: int, offset: int) -> bytes:
+    """``length`` bytes at ``offset``. Raises OSError, also when the file ends before."""
+    data = os.pread(fd, length, offset)
+    if len(data) == length:
+        return data
+    parts = [data]
+    missing = length - len(data)
+    while missing:
+        data = os.pread(fd, missing, offset + length - missing)
+        if not data:
+            raise OSError(errno.EIO, "the file is shorter than expected")
+        parts.append(data)
+        missing -= len(data)
+    return b"".join(parts)
+
+
+def write_fully(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of ``data`` at ``offset``. Raises OSError."""
+    rest = memoryview(data)
+    while rest:
+        done = os.pwrite(fd, rest, offset)
+        rest, offset = rest[done:], offset + done
+
+
+def write_sparse(fd: int, data: bytes, offset: int) -> None:
+    """Write ``data`` into a range that is still a hole; whole blocks of zeros stay holes.
+
+    Raises OSError.
+    """
+    begin, view = None, memoryview(data)
+    for position in range(0, len(data), _BLOCK):
+        if data[position : position + _BLOCK] == _ZEROS[: len(data) - position]:
+            if begin is not None:
+                write_fully(fd, view[begin:position], offset + begin)
+            begin = None
+        elif begin is None:
+            begin = position
+    if begin is not None:
+        write_fully(fd, view[begin:], offset + begin)
 
 
 def supports_reflink(directory: Path) -> bool:
