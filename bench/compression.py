@@ -26,6 +26,8 @@ from stillframe.host.files import allocated_bytes, create_sparse, fsync_file
 from stillframe.host.process import run_blocking
 from stillframe.model.units import KIB, MIB
 from stillframe.model.values import CompressionAlgorithm, CompressionConfig
+from stillframe.store.archive_export import export
+from stillframe.store.archive_import import Importer, Limits
 from stillframe.store.compression import compress, expand
 from stillframe.store.digests import write_table
 from stillframe.store.paths import Payload
@@ -141,7 +143,7 @@ def compare(
 
 
 def measure_digests(payload: Payload, runs: int) -> dict[str, float]:
-    """MB/s of digesting and verifying on one thread and on all, raw and compressed."""
+    """MB/s of digesting, verifying, exporting and importing, on one thread or on all."""
     found: dict[str, list[float]] = {}
     data = allocated_bytes(payload.memory)
 
@@ -156,12 +158,23 @@ def measure_digests(payload: Payload, runs: int) -> dict[str, float]:
         with FileReader(payload.memory) as reader:
             write_table(reader, scratch, threads=threads)
 
-    scratch = payload.directory.parent / "scratch.blake3"
+    def take(stream: list[bytes], directory: Path) -> None:
+        with Importer(directory, Limits(1 << 60, 1 << 60)) as importer:
+            for data in stream:
+                importer.feed(data)
+            importer.finish()
+
+    arrived = payload.directory.parent / "arrived"
+    scratch, stream = payload.directory.parent / "scratch.blake3", list[bytes]()
     for _ in range(runs):
         note("digest table, one thread", lambda: digest(1), scratch)
         note("digest table, all threads", lambda: digest(None), scratch)
         note("verify, one thread", lambda: check(1))
         note("verify, all threads", lambda: check(None))
+        note("export, all threads", lambda: stream.extend(export(payload)))
+        note("import", lambda: take(stream, arrived))
+        stream.clear()
+        shutil.rmtree(arrived)
     final = payload.compressed(CompressionAlgorithm.ZSTD)
     compress(payload.memory, payload.being_built(final), CompressionConfig(True))
     switch_to_compressed(payload, CompressionAlgorithm.ZSTD)

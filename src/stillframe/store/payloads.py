@@ -59,7 +59,7 @@ def seal(
 
     ``facts`` (hypervisor, versions, accelerator, parent) go into the manifest as they are.
     ``tables`` names the files whose digest table is already there, each with the BLAKE3 of its
-    table; the other tables are made here. Never call it while a guest stands still.
+    table; the other tables are made here, which reads their files. That is nothing for a pause.
     """
     entries: dict[str, FileEntry] = {}
     for path in _content(payload):
