@@ -107,7 +107,6 @@ def timed(work: Callable[[], object], output: Path | None = None) -> float:
     """Seconds until ``work`` is done and its output on the device."""
     if output is not None:
         output.unlink(missing_ok=True)
-    os.sync()
     began = time.perf_counter()
     work()
     if output is not None:

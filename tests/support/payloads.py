@@ -6,12 +6,16 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
+from blake3 import blake3
 from hypothesis import strategies as st
 
 from stillframe.host.files import create_sparse
 from stillframe.model.units import KIB, MIB
+from stillframe.store.digests import NO_DATA
+from stillframe.store.manifest import EXTENT
 from stillframe.store.paths import Payload
 from stillframe.store.payloads import seal
+from stillframe.store.verification import Depth, Verification, verify
 
 Pieces = list[tuple[int, bytes]]
 LIMIT = 3 * MIB + 5000  # largest size the strategies make: a few frames and a short last one
@@ -72,3 +76,16 @@ def flip(path: Path, bit: int) -> None:
 def listing(directory: Path) -> list[str]:
     """The names in a directory."""
     return sorted(path.name for path in directory.iterdir())
+
+
+def expected_table(path: Path) -> bytes:
+    """The table by its definition, extent by extent."""
+    data = path.read_bytes()
+    extents = [data[at : at + EXTENT] for at in range(0, len(data), EXTENT)]
+    return b"".join(blake3(e).digest() if any(e) else NO_DATA for e in extents)
+
+
+def verified(payload: Payload, depth: Depth = Depth.FULL, **options: object) -> Verification:
+    """The result of verifying a payload."""
+    *_, last = verify(payload, depth, **options)  # type: ignore[arg-type]
+    return last
