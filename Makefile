@@ -1,5 +1,6 @@
-# make setup | test | lint | fmt | demo | bench | bench-boot | clean     (ARGS="-k name" goes to pytest)
-.PHONY: bench bench-boot setup test lint fmt demo clean
+# make setup | test | lint | fmt | demo | bench | bench-boot | bench-compression | clean
+#     (ARGS="-k name" goes to pytest)
+.PHONY: bench bench-boot bench-compression setup test lint fmt demo clean
 BIN := .venv/bin
 
 setup:
@@ -23,6 +24,9 @@ bench: setup
 
 bench-boot: setup
 	@$(BIN)/python bench/boot.py $(ARGS)
+
+bench-compression: setup
+	@$(BIN)/python bench/compression.py $(ARGS)
 
 demo: setup
 	@$(BIN)/python tools/demo.py $(ARGS)

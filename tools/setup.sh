@@ -15,8 +15,7 @@ PACKAGES=(
     musl-tools gcc make                 # the guest agent
     python3-venv                        # the Python environment
     skopeo docker-registry mmdebstrap   # the tests' other side
-    xfsprogs                            # the benchmark's file system
-    cpio strace zstd
+    cpio strace zstd lz4
 )
 
 say() { printf '\033[1m==> %s\033[0m\n' "$*" >&2; }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,13 @@ from stillframe.host.files import (
     atomic_write,
     clone,
     create_sparse,
+    data_extents,
+    new_file,
+    open_regular,
     punch_hole,
+    read_exactly,
     storage_errors,
+    write_sparse,
 )
 from stillframe.model.errors import HostFailure, StorageFull
 
@@ -77,3 +83,63 @@ def test_any_other_disk_error_is_a_host_failure() -> None:
     with pytest.raises(HostFailure) as caught, storage_errors("save"):
         raise OSError(errno.EIO, "input/output error")
     assert caught.value.code == "storage_error"
+
+
+def test_data_is_found_between_two_places_only(tmp_path: Path) -> None:
+    create_sparse(tmp_path / "a", 64 * MIB)
+    with (tmp_path / "a").open("r+b") as file:
+        for place in (MIB, 20 * MIB, 40 * MIB):
+            file.seek(place)
+            file.write(b"x" * 4096)
+        file.flush()
+        found = list(data_extents(file.fileno(), 40 * MIB, 2 * MIB))
+        assert found == [(20 * MIB, 20 * MIB + 4096)]
+
+
+def test_zeros_are_not_written_into_a_sparse_file(tmp_path: Path) -> None:
+    data = b"x" * 4096 + bytes(MIB) + b"y" * 10 + bytes(8192) + b"z" + bytes(5000)
+    with new_file(tmp_path / "a") as fd:
+        os.ftruncate(fd, 4096 + len(data))
+        write_sparse(fd, data, 4096)
+    assert (tmp_path / "a").read_bytes() == bytes(4096) + data
+    assert allocated_bytes(tmp_path / "a") <= 16384
+
+
+def _fail(path: Path) -> None:
+    with new_file(path) as fd:
+        os.write(fd, b"half")
+        raise RuntimeError("in the middle")
+
+
+def test_a_new_file_is_there_only_when_it_is_finished(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="middle"):
+        _fail(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+    with new_file(tmp_path / "a") as fd:
+        os.write(fd, b"whole")
+    with pytest.raises(FileExistsError):
+        _fail(tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("kind", ["link", "directory", "pipe", "missing"])
+def test_only_regular_files_are_opened(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a"
+    (tmp_path / "file").write_bytes(b"x")
+    if kind == "link":
+        path.symlink_to(tmp_path / "file")
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(OSError, match=r"."):
+        open_regular(path)
+
+
+def test_reading_past_the_end_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    fd = open_regular(tmp_path / "a")
+    assert read_exactly(fd, 3, 2) == b"345"
+    with pytest.raises(OSError, match="shorter"):
+        read_exactly(fd, 4, 2)
+    os.close(fd)

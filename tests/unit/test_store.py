@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -23,6 +22,7 @@ from stillframe.model.values import (
     SnapshotKind,
     SnapshotPolicy,
 )
+from stillframe.store.manifest import encode_document, read_manifest
 from stillframe.store.paths import DataDirectory, Payload
 from stillframe.store.payloads import check, seal
 from stillframe.store.records import Intent, Records
@@ -207,11 +207,11 @@ def test_a_missing_file_or_manifest_is_damage(payload: Payload) -> None:
 
 
 def test_unknown_facts_are_tolerated_and_a_newer_format_is_refused(payload: Payload) -> None:
-    manifest = json.loads(payload.manifest.read_text())
-    manifest["future"] = {"x": 1}
-    payload.manifest.write_text(json.dumps(manifest))
+    manifest = {**read_manifest(payload.manifest), "future": {"x": 1}}
+    payload.manifest.write_bytes(encode_document(manifest))
     assert check(payload)["future"] == {"x": 1}
-    manifest["format"] = 2
-    payload.manifest.write_text(json.dumps(manifest))
-    with pytest.raises(DamagedData, match="format 2"):
+    manifest["format"] += 1
+    payload.manifest.write_bytes(encode_document(manifest))
+    with pytest.raises(DamagedData, match="format 3") as caught:
         check(payload)
+    assert caught.value.facts["file"] == "manifest.json"

@@ -4,7 +4,7 @@
 2. copy ahead what can be copied while the guest runs: memory (``host/capture.py``), and the disk
    where the file system cannot share its blocks;
 3. pause; device state; the pages and disk blocks that are left; resume - nothing else;
-4. write the buffer into the clone, zero pages as holes; make all durable.
+4. write the buffer into the clone, zero pages as holes; digest what changed; make all durable.
 
 The image below is the one of the last capture of this VMM, if there is one still, so that a second
 snapshot stores what changed since the first; else the one that the VMM maps.
@@ -19,7 +19,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
+
+from blake3 import blake3
 
 from stillframe.engine.context import Context, LiveInstance, Phases, finish
 from stillframe.host.capture import MemoryCapture
@@ -28,8 +31,10 @@ from stillframe.host.image import WriteReport, open_private
 from stillframe.host.memory import GuestMemory
 from stillframe.model.errors import VmmFailure
 from stillframe.model.values import Instance
+from stillframe.store.digests import update_table, write_table
 from stillframe.store.paths import InstancePaths, Payload
 from stillframe.store.payloads import PayloadSize, seal
+from stillframe.store.readers import FileReader
 
 OVERLAY = 1  # the writable disk's place among a VM's disks
 T = TypeVar("T")
@@ -74,8 +79,12 @@ async def capture(
             try:
                 with phases.measure("write_memory"):
                     report = await one.in_thread(one.after)
+                with phases.measure("digest"):
+                    tables = await one.in_thread(one.digest)
                 with phases.measure("durable"):
-                    size = await one.in_thread(lambda: seal(payload, manifest_facts(instance)))
+                    size = await one.in_thread(
+                        lambda: seal(payload, manifest_facts(instance), tables)
+                    )
             except BaseException:
                 if stay_paused:  # nobody will take it from here: the guest must not stand still
                     await finish(live.machine.resume())
@@ -111,6 +120,7 @@ class _Capture:
         self._held = ExitStack()
         self._memory: MemoryCapture | None = None
         self._copying = False
+        self._table_below: Path | None = None
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run blocking ``work`` in the capture's thread."""
@@ -147,13 +157,12 @@ class _Capture:
         # Until this capture has succeeded, no image says what the pages written since belong to.
         last, self._live.captured = self._live.captured, None
         if last is not None:
-            try:
-                clone(last, self._payload.memory)
-            except FileNotFoundError:  # that snapshot was deleted
-                pass
-            else:
+            with contextlib.suppress(FileNotFoundError):  # that snapshot was deleted
+                clone(last.memory, self._payload.memory)
+                self._table_below = last.table(last.memory.name)
                 return True
         clone(self._paths.memory, self._payload.memory)
+        self._table_below = self._paths.memory_table
         return False
 
     async def pause(self) -> float:
@@ -203,6 +212,19 @@ class _Capture:
         """When the guest runs again (or will not): write what was taken."""
         assert self._memory is not None  # noqa: S101 - for the type checker
         return self._memory.after()
+
+    def digest(self) -> dict[str, str]:
+        """Make the image's digest table, from the one below where there is one: see ``seal``."""
+        assert self._memory is not None  # noqa: S101 - for the type checker
+        memory = self._payload.memory
+        table = self._payload.table(memory.name)
+        changed = ((start, end - start) for runs in self._memory.changed for start, end in runs)
+        with FileReader(memory) as image:
+            below = self._table_below
+            if below is None or not below.exists():
+                return {memory.name: write_table(image, table)}
+            known = blake3(below.read_bytes()).hexdigest()
+            return {memory.name: update_table(image, table, below, known, changed)}
 
     async def close(self) -> None:
         """Close what was opened."""

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stillframe.engine.settings import EngineSettings
@@ -24,7 +23,7 @@ from stillframe.model.errors import InvalidState, NotFound, NotSupported, Stillf
 from stillframe.model.states import InstanceState
 from stillframe.model.units import new_id
 from stillframe.model.values import Hypervisor, Instance, Snapshot
-from stillframe.store.paths import DataDirectory
+from stillframe.store.paths import DataDirectory, Payload
 from stillframe.store.records import Records
 from stillframe.vmm.driver import Driver, DriverProbe, Machine
 
@@ -66,13 +65,13 @@ class LiveInstance:
     ``ending`` is set by verbs that end the VMM on purpose, so that its exit is no news.
     ``dialling`` is held while connecting; ``news`` is set when the agent reports a change.
     ``greeting`` makes a loaded guest itself; nobody else talks to its agent before that is done.
-    ``captured`` is an image that, with the pages written since, is the guest's memory.
+    ``captured`` is where an image lies that, with the pages written since, is the guest's memory.
     """
 
     machine: Machine
     connection: AgentConnection | None = None
     ending: bool = False
-    captured: Path | None = None
+    captured: Payload | None = None
     greeting: asyncio.Task[None] | None = None
     dialling: asyncio.Lock = field(default_factory=asyncio.Lock)
     news: asyncio.Event = field(default_factory=asyncio.Event)

@@ -46,6 +46,7 @@ class MemoryCapture:
         self, memory: GuestMemory, fd: int, *, incremental: bool, buffer_limit: int
     ) -> None:
         self.rounds: list[Round] = []
+        self.changed: list[Runs] = []  # what the image got in each round, and in the end
         self._memory, self._fd = memory, fd
         self._incremental, self._limit = incremental, buffer_limit
         self._compare = incremental and not memory.tracked
@@ -77,6 +78,7 @@ class MemoryCapture:
     def _copy(self, runs: Runs) -> None:
         began = time.perf_counter()
         self._report += copy_pages(self._memory, runs, self._fd, compare=self._compare)
+        self.changed.append(runs)
         self.rounds.append(Round(runs.total, time.perf_counter() - began))
 
     def _expect_all(self) -> int:
@@ -94,6 +96,7 @@ class MemoryCapture:
         """
         tracked = self._memory.tracked
         runs = self._memory.written_pages() if tracked else self._memory.private_pages()
+        self.changed.append(runs)
         total = runs.total
         if total > self._limit:
             self._report += copy_pages(self._memory, runs, self._fd, compare=self._compare)

@@ -8,6 +8,7 @@ import fcntl
 import mmap
 import os
 import shutil
+import stat
 import struct
 from collections.abc import Iterator
 from enum import StrEnum
@@ -20,9 +21,10 @@ FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 _FSGETXATTR, _FSSETXATTR, _XFLAG_COWEXTSIZE = 0x801C581F, 0x401C5820, 0x10000
 _FSXATTR = struct.Struct("=5L8x")
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2  # linux/falloc.h
-_NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _CANNOT_CLONE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EBADF}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_BLOCK = 4096
+_ZEROS = bytes(_BLOCK)
 
 
 class CloneKind(StrEnum):
@@ -71,23 +73,15 @@ def begin_clone(source: Path, destination: Path) -> bool:
 
     Else it is a hole of the source's size, to be filled with ``copy_into``. Raises OSError.
     """
-    with contextlib.ExitStack() as stack:
-        in_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        stack.callback(os.close, in_fd)
-        out_fd = os.open(destination, _NEW_FILE, 0o600)
-        stack.callback(os.close, out_fd)
-        undo = stack.enter_context(contextlib.ExitStack())
-        undo.callback(destination.unlink, missing_ok=True)
-        try:
-            fcntl.ioctl(out_fd, FICLONE, in_fd)
-            whole = True
-        except OSError as error:
-            if error.errno not in _CANNOT_CLONE:
-                raise
-            os.ftruncate(out_fd, os.fstat(in_fd).st_size)
-            whole = False
-        undo.pop_all()
-        return whole
+    in_fd = open_regular(source)
+    try:
+        with new_file(destination) as fd:
+            whole = _shares(in_fd, fd)
+            if not whole:
+                os.ftruncate(fd, os.fstat(in_fd).st_size)
+            return whole
+    finally:
+        os.close(in_fd)
 
 
 def copy_into(source: Path, destination: Path) -> int:
@@ -97,6 +91,29 @@ def copy_into(source: Path, destination: Path) -> int:
     """
     with source.open("rb") as reading, destination.open("r+b") as writing:
         return copy_data(reading.fileno(), writing.fileno())
+
+
+def clone_into(source: Path, fd: int) -> CloneKind:
+    """Clone ``source`` into an empty open file, as ``clone`` does. Raises OSError."""
+    in_fd = open_regular(source)
+    try:
+        if _shares(in_fd, fd):
+            return CloneKind.REFLINK
+        copy_data(in_fd, fd)
+        return CloneKind.SPARSE_COPY
+    finally:
+        os.close(in_fd)
+
+
+def _shares(in_fd: int, out_fd: int) -> bool:
+    """Share all blocks of one open file with another, if the file system can. Raises OSError."""
+    try:
+        fcntl.ioctl(out_fd, FICLONE, in_fd)
+    except OSError as error:
+        if error.errno not in _CANNOT_CLONE:
+            raise
+        return False
+    return True
 
 
 def copy_data(in_fd: int, out_fd: int) -> int:
@@ -115,18 +132,95 @@ def copy_data(in_fd: int, out_fd: int) -> int:
     return copied
 
 
-def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield ``(start, end)`` byte ranges that hold data (lseek(2) SEEK_DATA, SEEK_HOLE)."""
-    position = 0
+def data_extents(fd: int, size: int, start: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield ``(start, end)`` byte ranges that hold data (lseek(2) SEEK_DATA, SEEK_HOLE).
+
+    Only ranges between ``start`` and ``size`` are named.
+    """
+    position = start
     while position < size:
         try:
-            start = os.lseek(fd, position, os.SEEK_DATA)
+            begin = os.lseek(fd, position, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:  # only a hole is left
                 return
             raise
-        position = min(os.lseek(fd, start, os.SEEK_HOLE), size)
-        yield start, position
+        if begin >= size:
+            return
+        position = min(os.lseek(fd, begin, os.SEEK_HOLE), size)
+        yield begin, position
+
+
+def open_regular(path: Path | str, *, dir_fd: int | None = None) -> int:
+    """Open a regular file for reading; never a link, a device or a pipe. Raises OSError."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    fd = os.open(path, flags, dir_fd=dir_fd)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return fd
+
+
+def create_new(path: Path | str, *, dir_fd: int | None = None) -> int:
+    """Open a new file (mode 0600) for reading and writing. Raises OSError (EEXIST too)."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    return os.open(path, flags, 0o600, dir_fd=dir_fd)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[int]:
+    """A new file, open for reading and writing; removed unless the block ends well.
+
+    Raises OSError.
+    """
+    with contextlib.ExitStack() as stack:
+        fd = create_new(path)
+        stack.callback(os.close, fd)
+        undo = stack.enter_context(contextlib.ExitStack())
+        undo.callback(path.unlink, missing_ok=True)
+        yield fd
+        undo.pop_all()
+
+
+def read_exactly(fd: int, length: int, offset: int) -> bytes:
+    """``length`` bytes at ``offset``. Raises OSError, also when the file ends before."""
+    data = os.pread(fd, length, offset)
+    if len(data) == length:
+        return data
+    parts = [data]
+    missing = length - len(data)
+    while missing:
+        data = os.pread(fd, missing, offset + length - missing)
+        if not data:
+            raise OSError(errno.EIO, "the file is shorter than expected")
+        parts.append(data)
+        missing -= len(data)
+    return b"".join(parts)
+
+
+def write_fully(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of ``data`` at ``offset``. Raises OSError."""
+    rest = memoryview(data)
+    while rest:
+        done = os.pwrite(fd, rest, offset)
+        rest, offset = rest[done:], offset + done
+
+
+def write_sparse(fd: int, data: bytes, offset: int) -> None:
+    """Write ``data`` into a range that is still a hole; whole blocks of zeros stay holes.
+
+    Raises OSError.
+    """
+    begin, view = None, memoryview(data)
+    for position in range(0, len(data), _BLOCK):
+        if data[position : position + _BLOCK] == _ZEROS[: len(data) - position]:
+            if begin is not None:
+                write_fully(fd, view[begin:position], offset + begin)
+            begin = None
+        elif begin is None:
+            begin = position
+    if begin is not None:
+        write_fully(fd, view[begin:], offset + begin)
 
 
 def supports_reflink(directory: Path) -> bool:
@@ -146,7 +240,7 @@ def supports_reflink(directory: Path) -> bool:
 
 def create_sparse(path: Path, size: int) -> None:
     """Make a new file of ``size`` bytes without any data (mode 0600). Raises OSError."""
-    fd = os.open(path, _NEW_FILE, 0o600)
+    fd = create_new(path)
     try:
         os.ftruncate(fd, size)
     finally:

@@ -7,12 +7,13 @@ DATA/                          0700
   images/<digest>/             root disks
   templates/                   empty formatted disks by size
   instances/<id>/              one VM: deleting the directory deletes the VM
-    memory                     the memory image it maps (hard link into a snapshot, or its own)
+    memory, memory.blake3      the memory image it maps (hard link into a snapshot, or its own)
     overlay.raw, config.raw    its writable disk, its boot configuration
     devices                    device state while it is being loaded
     standby/                   memory and device state of an instance in Standby
     logs/{app,vmm,hypeman}.log
-  snapshots/<id>/              write-once payloads: manifest.json, memory, devices, overlay.raw
+  snapshots/<id>/              write-once payloads: manifest.json, memory, devices, overlay.raw,
+                               digest tables (*.blake3), memory.zst or memory.lz4 for memory
   snapshots/.<id>.new/         a payload being built
 """
 
@@ -23,6 +24,9 @@ from pathlib import Path
 
 from stillframe.model.errors import NotFound
 from stillframe.model.units import is_id
+from stillframe.model.values import CompressionAlgorithm
+
+_SUFFIXES = {CompressionAlgorithm.ZSTD: "zst", CompressionAlgorithm.LZ4: "lz4"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,18 @@ class Payload:
         """What the payload must consist of; written last."""
         return self.directory / "manifest.json"
 
+    def table(self, name: str) -> Path:
+        """The digest table of one of its files."""
+        return self.directory / f"{name}.blake3"
+
+    def compressed(self, algorithm: CompressionAlgorithm) -> Path:
+        """The memory image in compressed form."""
+        return self.directory / f"memory.{_SUFFIXES[algorithm]}"
+
+    def being_built(self, path: Path) -> Path:
+        """Where another representation is written before it gets the name ``path``."""
+        return self.directory / f".{path.name}.new"
+
 
 @dataclass(frozen=True, slots=True)
 class InstancePaths:
@@ -62,6 +78,11 @@ class InstancePaths:
     def memory(self) -> Path:
         """The memory image its VMM maps privately."""
         return self.directory / "memory"
+
+    @property
+    def memory_table(self) -> Path:
+        """The digest table of that image, if it was captured."""
+        return self.directory / "memory.blake3"
 
     @property
     def overlay(self) -> Path:

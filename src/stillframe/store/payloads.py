@@ -1,12 +1,25 @@
 """Snapshot payloads: built beside, made durable, never changed afterwards.
 
 Order of durability: data, fsync; manifest, fsync; directory; then (by the caller) one commit.
+
+The memory image has one of several representations: ``memory``, ``memory.zst``, ``memory.lz4``. The
+rule that makes a switch atomic: the first of these that is there, in this order, is the one; the
+others are leftovers. A file gets such a name only when it is complete and durable.
+
+* Compress: write ``.memory.zst.new``, fsync; rename to ``memory.zst``, fsync of the directory;
+  then remove ``memory`` - that is the switch.
+* Expand again: write ``.memory.new``, fsync; rename to ``memory`` - that is the switch; fsync of
+  the directory; then remove ``memory.zst``.
+
+So after a crash at any point one complete representation is the valid one, and ``settle`` removes
+the rest. Manifest and digest tables speak of the image, whatever represents it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +28,22 @@ from blake3 import blake3
 
 from stillframe.host.extents import exclusive_bytes
 from stillframe.host.files import atomic_write, fsync_directory, fsync_file
-from stillframe.model.errors import DamagedData
+from stillframe.model.values import CompressionAlgorithm
+from stillframe.store.compression import CompressedReader
+from stillframe.store.digests import table_size, write_table
+from stillframe.store.manifest import (
+    MAX_SMALL,
+    FileEntry,
+    damaged,
+    encode_document,
+    encode_manifest,
+    file_entries,
+    read_manifest,
+    read_small,
+    table_name,
+)
 from stillframe.store.paths import Payload
-
-FORMAT_VERSION = 1
-_MAX_MANIFEST = 1 << 20
-_MAX_DEVICES = 64 << 20
+from stillframe.store.readers import FileReader, Reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,30 +54,92 @@ class PayloadSize:
     stored: int
 
 
-def seal(payload: Payload, facts: dict[str, Any]) -> PayloadSize:
+def seal(
+    payload: Payload, facts: Mapping[str, Any], tables: Mapping[str, str] | None = None
+) -> PayloadSize:
     """Make everything in ``payload`` durable and write its manifest. Raises OSError.
 
     ``facts`` (hypervisor, versions, accelerator, parent) go into the manifest as they are.
+    ``tables`` names the files whose digest table is already there, each with the BLAKE3 of its
+    table; the other tables are made here, which reads their files. That is nothing for a pause.
     """
-    files: dict[str, dict[str, int | str]] = {}
-    for path in sorted(payload.directory.iterdir()):
-        if path == payload.manifest:
-            continue
+    entries: dict[str, FileEntry] = {}
+    for path in _content(payload):
+        known = None if tables is None else tables.get(path.name)
+        entries[path.name] = _entry(payload, path, known)
+    for path in _files(payload):
         fsync_file(path)
-        files[path.name] = {"size": path.stat().st_size}
-    if payload.devices.exists():
-        files["devices"]["blake3"] = blake3(payload.devices.read_bytes()).hexdigest()
-    manifest = {"format": FORMAT_VERSION, "files": files, **facts}
-    atomic_write(payload.manifest, json.dumps(manifest, indent=1, sort_keys=True).encode())
+    atomic_write(payload.manifest, encode_manifest(entries, facts))
     fsync_directory(payload.directory)
     return measure(payload)
+
+
+def add_tables(payload: Payload) -> dict[str, Any]:
+    """Bring the manifest of a payload without digest tables (format 1) up to date; the manifest.
+
+    What lies there now is taken as right. Raises DamagedData, OSError.
+    """
+    manifest = check(payload)
+    entries = file_entries(manifest)
+    missing = {n for n, entry in entries.items() if not entry.table and not entry.blake3}
+    if missing:
+        for name in missing:
+            payload.table(name).unlink(missing_ok=True)
+            with open_content(payload, name) as reader:
+                digest = write_table(reader, payload.table(name))
+            fsync_file(payload.table(name))
+            size = entries[name].size
+            entries[name] = FileEntry(size, table=table_name(name), table_blake3=digest)
+        facts = {k: v for k, v in manifest.items() if k not in {"format", "files"}}
+        atomic_write(payload.manifest, encode_manifest(entries, facts))
+    return read_manifest(payload.manifest)
+
+
+def _entry(payload: Payload, path: Path, known_table: str | None) -> FileEntry:
+    size = path.stat(follow_symlinks=False).st_size
+    if path == payload.devices:
+        return FileEntry(size, blake3=blake3(read_small(path, MAX_SMALL)).hexdigest())
+    table = payload.table(path.name)
+    if known_table is None:
+        with FileReader(path) as reader:
+            known_table = write_table(reader, table)
+    elif table.stat().st_size != table_size(size):
+        raise ValueError(f"the digest table of {path.name} is not for {size} bytes")
+    return FileEntry(size, table=table.name, table_blake3=known_table)
+
+
+def _files(payload: Payload) -> list[Path]:
+    """Its regular files by name, without what is being built."""
+    paths = sorted(payload.directory.iterdir())
+    return [p for p in paths if p.is_file() and not p.is_symlink() and not p.name.startswith(".")]
+
+
+def _content(payload: Payload) -> list[Path]:
+    files = _files(payload)
+    tables = {payload.table(path.name) for path in files}
+    return [path for path in files if path not in tables and path != payload.manifest]
 
 
 def without_file(manifest: bytes, name: str) -> bytes:
     """A sealed manifest less one of its files: for a payload that shares only the others."""
     document = json.loads(manifest)
     document["files"].pop(name, None)
-    return json.dumps(document, indent=1, sort_keys=True).encode()
+    return encode_document(document)
+
+
+def share_memory(source: Payload, destination: Payload) -> dict[str, str]:
+    """Give ``destination`` the memory, devices and table of ``source``, by hard links.
+
+    Returns what ``seal`` wants to know as ``tables``. Raises DamagedData, OSError.
+    """
+    entry = file_entries(read_manifest(source.manifest)).get(source.memory.name)
+    found = memory_file(source)
+    if entry is None or found is None:
+        raise damaged(source.memory.name, "is missing")
+    names = [found[0].name, source.devices.name, *([entry.table] if entry.table else [])]
+    for name in names:
+        os.link(source.directory / name, destination.directory / name)
+    return {source.memory.name: entry.table_blake3} if entry.table_blake3 else {}
 
 
 def measure(payload: Payload) -> PayloadSize:
@@ -62,7 +147,7 @@ def measure(payload: Payload) -> PayloadSize:
 
     What the payload shares with others, by hard link or by reflink, is not counted as stored.
     """
-    paths = [p for p in payload.directory.iterdir() if p.is_file() and not p.is_symlink()]
+    paths = _files(payload)
     return PayloadSize(
         size=sum(p.stat().st_size for p in paths), stored=sum(exclusive_bytes(p) for p in paths)
     )
@@ -77,55 +162,102 @@ def publish(built: Payload, final: Payload) -> None:
 def check(payload: Payload) -> dict[str, Any]:
     """Read the manifest and check what must be right before any load: sizes and device state.
 
-    Returns the manifest. Raises DamagedData naming the file.
+    A compressed memory image counts as the image it represents. Returns the manifest. Raises
+    DamagedData naming the file.
     """
-    manifest = _read_manifest(payload.manifest)
-    for name, wanted in manifest["files"].items():
-        path = payload.directory / name
-        try:
-            size = path.stat(follow_symlinks=False).st_size
-        except OSError as error:
-            raise _damaged(path, "is missing") from error
-        if size != wanted.get("size"):
-            raise _damaged(path, f"has {size} bytes, {wanted.get('size')} expected")
-    digest = manifest["files"].get("devices", {}).get("blake3")
-    if digest is not None:
-        if payload.devices.stat().st_size > _MAX_DEVICES:
-            raise _damaged(payload.devices, "is too large")
-        if blake3(payload.devices.read_bytes()).hexdigest() != digest:
-            raise _damaged(payload.devices, "does not match its digest")
+    manifest = read_manifest(payload.manifest)
+    for name, entry in file_entries(manifest).items():
+        with open_content(payload, name) as reader:
+            check_content(reader, entry)
     return manifest
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def check_content(reader: Reader, entry: FileEntry) -> None:
+    """Check the size of an open file, and a small file's digest.
+
+    Raises DamagedData naming the file; for a wrong size with ``offset`` and ``length`` of what is
+    missing or too much.
+    """
+    if reader.size != entry.size:
+        raise damaged(
+            reader.name, f"has {reader.size} bytes, {entry.size} expected",
+            offset=min(reader.size, entry.size), length=abs(reader.size - entry.size),
+        )  # fmt: skip
+    if entry.blake3 is None:
+        return
+    if entry.size > MAX_SMALL:
+        raise damaged(reader.name, "is too large")
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        content = reader.read(0, entry.size)
     except OSError as error:
-        raise _damaged(path, "is missing") from error
-    with os.fdopen(fd, "rb") as file:
-        text = file.read(_MAX_MANIFEST + 1)
-    try:
-        manifest = json.loads(text)
-        files = manifest["files"]
-        good = all(
-            isinstance(facts, dict) and "/" not in name and name not in {"", ".", ".."}
-            for name, facts in files.items()
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(path, "cannot be read") from error
-    if len(text) > _MAX_MANIFEST or not good:
-        raise _damaged(path, "cannot be read")
-    if manifest.get("format") != FORMAT_VERSION:
-        raise DamagedData(
-            f"snapshot format {manifest.get('format')!r} is not known",
-            hint="it was made by another version of stillframe",
-        )
-    return dict(manifest)
+        raise damaged(reader.name, f"cannot be read: {error.strerror}") from error
+    if blake3(content).hexdigest() != entry.blake3:
+        raise damaged(reader.name, "does not match its digest")
 
 
-def _damaged(path: Path, what: str) -> DamagedData:
-    return DamagedData(
-        f"snapshot file {path.name} {what}",
-        hint="the snapshot is kept, but will not be loaded",
-        file=path.name,
-    )
+# -- representations of the memory image -----------------------------------------------------------
+def memory_file(payload: Payload) -> tuple[Path, CompressionAlgorithm | None] | None:
+    """The file that represents the memory, and how it is compressed; None without memory."""
+    for path, algorithm in _representations(payload):
+        if path.is_file():
+            return path, algorithm
+    return None
+
+
+def _representations(payload: Payload) -> list[tuple[Path, CompressionAlgorithm | None]]:
+    """All there could be; the first that is there is the valid one."""
+    compressed = [(payload.compressed(algorithm), algorithm) for algorithm in CompressionAlgorithm]
+    return [(payload.memory, None), *compressed]
+
+
+def switch_to_compressed(payload: Payload, algorithm: CompressionAlgorithm) -> None:
+    """Make the finished ``being_built(compressed(algorithm))`` the memory. Raises OSError."""
+    final = payload.compressed(algorithm)
+    payload.being_built(final).rename(final)
+    fsync_directory(payload.directory)
+    for path, _ in _representations(payload):
+        if path != final:
+            path.unlink(missing_ok=True)
+    fsync_directory(payload.directory)
+
+
+def switch_to_raw(payload: Payload) -> None:
+    """Make the finished ``being_built(memory)`` the memory. Raises OSError."""
+    payload.being_built(payload.memory).rename(payload.memory)
+    fsync_directory(payload.directory)
+    settle(payload)
+
+
+def settle(payload: Payload) -> list[str]:
+    """Remove what an interrupted switch left; the names removed. Raises OSError."""
+    valid, removed = memory_file(payload), []
+    for path, _ in _representations(payload):
+        leftovers = [payload.being_built(path)]
+        if valid is not None and path != valid[0]:
+            leftovers.append(path)
+        for leftover in leftovers:
+            if leftover.exists():
+                leftover.unlink()
+                removed.append(leftover.name)
+    if removed:
+        fsync_directory(payload.directory)
+    return removed
+
+
+def open_content(payload: Payload, name: str) -> Reader:
+    """Open one of the payload's files, the memory image by what represents it.
+
+    Holds what it opened, also when the payload is compressed or deleted meanwhile. Raises
+    DamagedData naming the file.
+    """
+    candidates: list[tuple[Path, CompressionAlgorithm | None]] = [(payload.directory / name, None)]
+    if name == payload.memory.name:
+        candidates = 2 * _representations(payload)  # a switch may happen between two looks
+    for path, algorithm in candidates:
+        try:
+            return FileReader(path) if algorithm is None else CompressedReader(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise damaged(path.name, f"cannot be read: {error.strerror}") from error
+    raise damaged(name, "is missing")

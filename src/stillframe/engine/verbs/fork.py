@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +37,7 @@ from stillframe.model.states import InstanceState, Verb, permission
 from stillframe.model.units import check_name, check_tags
 from stillframe.model.values import Hypervisor, Instance, Snapshot, SnapshotKind
 from stillframe.store.paths import Payload
-from stillframe.store.payloads import check, without_file
+from stillframe.store.payloads import check, share_memory, without_file
 from stillframe.store.records import Intent
 
 log = logging.getLogger("stillframe.fork")
@@ -325,8 +324,7 @@ def _link_standby(context: Context, child: Instance, memory: Payload) -> None:
     standby = context.data.instance(child.id).standby
     with storage_errors("share the memory image"):
         standby.directory.mkdir(mode=0o700)
-        os.link(memory.memory, standby.memory)
-        os.link(memory.devices, standby.devices)
+        share_memory(memory, standby)
         # The manifest of a snapshot lists its disk too; here the disk lies beside.
         standby.manifest.write_bytes(without_file(memory.manifest.read_bytes(), "overlay.raw"))
         for path in (standby.manifest, context.data.instance(child.id).overlay):

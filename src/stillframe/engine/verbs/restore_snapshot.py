@@ -28,7 +28,7 @@ from stillframe.model.errors import InvalidRequest
 from stillframe.model.states import InstanceState, Verb, permission
 from stillframe.model.values import Hypervisor, Instance, Snapshot
 from stillframe.store.paths import InstancePaths, Payload
-from stillframe.store.payloads import check, without_file
+from stillframe.store.payloads import check, share_memory, without_file
 from stillframe.store.records import Intent
 
 
@@ -128,8 +128,7 @@ def _stage(
     if target is InstanceState.STANDBY:
         standby = staged.standby
         standby.directory.mkdir(mode=0o700)
-        os.link(payload.memory, standby.memory)
-        os.link(payload.devices, standby.devices)
+        share_memory(payload, standby)
         standby.manifest.write_bytes(without_file(payload.manifest.read_bytes(), "overlay.raw"))
         fsync_file(standby.manifest)
         fsync_directory(standby.directory)

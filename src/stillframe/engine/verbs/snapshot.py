@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -24,7 +23,7 @@ from stillframe.model.values import (
     SnapshotKind,
 )
 from stillframe.store.paths import Payload
-from stillframe.store.payloads import PayloadSize, check, publish, seal
+from stillframe.store.payloads import PayloadSize, check, publish, seal, share_memory
 from stillframe.store.records import Intent
 
 
@@ -104,7 +103,7 @@ async def _take(context: Context, instance: Instance, wanted: Snapshot) -> Snaps
         context.telemetry.observe_pause(pause_ms)
     live = context.live.get(instance.id)
     if live is not None and taken.kind is SnapshotKind.STANDBY:
-        live.captured = final.memory
+        live.captured = final
     context.note(instance.id, f"snapshot {taken.id} ({taken.kind.value}) taken")
     return taken
 
@@ -125,14 +124,14 @@ def _copy_resting(
 ) -> PayloadSize:
     """Capture an instance without a VMM: the standby image is shared, the disk cloned."""
     paths = context.data.instance(instance.id)
+    tables: dict[str, str] = {}
     with storage_errors("copy the instance"), phases.measure("copy"):
         if instance.state is InstanceState.STANDBY:
             check(paths.standby)
-            os.link(paths.standby.memory, payload.memory)
-            os.link(paths.standby.devices, payload.devices)
+            tables = share_memory(paths.standby, payload)
         clone(paths.overlay, payload.overlay)
     with storage_errors("store the snapshot"), phases.measure("durable"):
-        return seal(payload, manifest_facts(instance))
+        return seal(payload, manifest_facts(instance), tables)
 
 
 def _template(context: Context, instance: Instance, kind: SnapshotKind) -> Instance:
