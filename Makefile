@@ -32,4 +32,4 @@ demo: setup
 	@$(BIN)/python tools/demo.py $(ARGS)
 
 clean:
-	rm -rf .cache .mypy_cache .ruff_cache .pytest_cache agent/build build dist
+	rm -rf .cache .mypy_cache .ruff_cache .pytest_cache agent/build tracker/build build dist

@@ -7,6 +7,7 @@ reflink probe of ``host`` is imported lazily (an exception named in the house te
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -65,6 +66,7 @@ def _local_findings(settings: Settings) -> Iterator[Finding]:
         if settings.agent_binary.is_file()
         else Finding("guest agent", "fail", "not built", "run `make setup` in the source tree")
     )
+    yield _tracker(settings.tracker_library)
     yield _kvm(Path("/dev/kvm"))
     yield from _data_directory(settings.data_dir)
 
@@ -76,6 +78,17 @@ def _program(name: str, package: str, purpose: str) -> Finding:
     if found:
         return Finding(name, "ok", found)
     return Finding(name, "fail", f"missing; it {purpose}", f"apt-get install {package}")
+
+
+def _tracker(library: Path) -> Finding:
+    release = tuple(int(part) for part in platform.release().split(".")[:2])
+    if not library.is_file():
+        found, fix = "not built: longer pauses", "run `make setup` in the source tree"
+        return Finding("write tracking", "warn", found, fix)
+    if release < (6, 7):
+        found = f"Linux {platform.release()} cannot: longer pauses"
+        return Finding("write tracking", "warn", found, "use Linux 6.7 or newer")
+    return Finding("write tracking", "ok", str(library))
 
 
 def _kernel(directory: Path) -> Finding:

@@ -87,6 +87,8 @@ def _run_server(settings: Settings) -> None:
             default_vcpus=settings.default_vcpus,
             default_overlay_bytes=settings.default_overlay_bytes,
             max_concurrent_starts=settings.max_concurrent_starts,
+            warm_memory_bytes=settings.warm_memory_bytes,
+            capture_buffer_bytes=settings.capture_buffer_bytes,
             max_snapshots=settings.max_snapshots,
             max_snapshot_bytes=settings.max_snapshot_bytes,
             min_free_bytes=settings.min_free_bytes,

@@ -50,6 +50,8 @@ class Settings:
     default_vcpus: int = 2
     default_overlay_bytes: int = 10 * GIB
     max_concurrent_starts: int = 8
+    warm_memory_bytes: int = 2 * GIB
+    capture_buffer_bytes: int = 512 * MIB
     max_snapshots: int = 0
     max_snapshot_bytes: int = 0
     min_free_bytes: int = 256 * MIB
@@ -121,6 +123,8 @@ KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "limits.max_vcpus": ("max_vcpus", _count),
     "limits.max_memory": ("max_memory_bytes", _size),
     "limits.max_overlay": ("max_overlay_bytes", _size),
+    "limits.warm_memory": ("warm_memory_bytes", _size),
+    "limits.capture_buffer": ("capture_buffer_bytes", _size),
     "limits.max_snapshots": ("max_snapshots", _count_or_none),
     "limits.max_snapshot_bytes": ("max_snapshot_bytes", _size_or_none),
     "limits.min_free": ("min_free_bytes", _size_or_none),
