@@ -216,7 +216,9 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
         pair, root = request.getfixturevalue("qemu_files")
         # Which accelerator works is the probe's question, not this suite's.
         driver: Driver = QemuDriver(
-            accelerator=os.environ.get("STILLFRAME_ACCELERATOR", "tcg"), tracker=TRACKER
+            os.environ.get("STILLFRAME_QEMU_BINARY", TOOLS[0]),
+            accelerator=os.environ.get("STILLFRAME_ACCELERATOR", "tcg"),
+            tracker=TRACKER,
         )
     else:
         null, root = Path("/dev/null"), tmp_path / "root"
