@@ -51,9 +51,9 @@ def measure_floor(command: list[str], directory: Path, state: Path) -> FloorRun:
 def main() -> int:
     """Read the wish, measure, report, hold QEMU until the reader is done."""
     wish: dict[str, Any] = json.loads(sys.stdin.readline())
-    machine = HandStarted(wish["command"], Path(wish["directory"]))
+    machine = HandStarted(wish["command"], Path(wish["directory"]), Path(wish["state"]))
     try:
-        machine.load(Path(wish["state"]))
+        machine.load()
         running = machine.go()
         print(json.dumps({"running_ms": running, "times_ms": machine.times}), flush=True)
         sys.stdin.read()

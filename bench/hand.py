@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.monitor import AGENT_FD, MONITOR_FD
+from bench.monitor import AGENT_FD, MONITOR_FD, STATE_FD
 from stillframe.host.files import clone
 from stillframe.images.boot import BootPair, load_boot_pair, write_config_disk
 from stillframe.model.units import parse_size
@@ -23,7 +23,7 @@ from stillframe.vmm.qemu_command import QemuBuild, command_line
 
 _QEMU = shutil.which("qemu-system-x86_64") or "qemu-system-x86_64"
 # What differs between two processes that run the same VM: where, by which descriptors, and who.
-_OWN = re.compile(r"(?<=fd=)\d+|(?<=guid=)[0-9a-f-]{36}")
+_OWN = re.compile(r"(?<=fd[=:])\d+|(?<=guid=)[0-9a-f-]{36}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +72,9 @@ class Hand:
             device_state=state,
         )
         return command_line(
-            self.build, self.spec, resources, monitor_fd=MONITOR_FD, agent_fd=AGENT_FD
-        )
+            self.build, self.spec, resources, monitor_fd=MONITOR_FD, agent_fd=AGENT_FD,
+            devices_fd=None if state is None else STATE_FD,
+        )  # fmt: skip
 
     def prepare_fork(self, snapshot_id: str, directory: Path) -> Path:
         """The files of a fork of a snapshot in the new ``directory``; its device state's path."""

@@ -66,11 +66,6 @@ class Gaps:
     during: Window
     noise: Window
 
-    @property
-    def pause_ms(self) -> float:
-        """The gap that the action made, over the guest's noise."""
-        return self.during.largest_ms - self.noise.largest_ms
-
 
 @dataclass
 class Lab:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 # The command line names these descriptors; they are put in place just before the spawn.
-MONITOR_FD, AGENT_FD = 200, 201
+MONITOR_FD, AGENT_FD, STATE_FD = 200, 201, 202
 _PATIENCE = 120.0  # seconds until an answer that does not come is an error
 Command = tuple[str, dict[str, Any]]
 
@@ -93,22 +93,27 @@ class Monitor:
 class HandStarted:
     """A QEMU process that this program started, its monitor, and when what was done (ms)."""
 
-    def __init__(self, command: Sequence[str], directory: Path) -> None:
+    def __init__(self, command: Sequence[str], directory: Path, state: Path | None = None) -> None:
         """Bind sockets in ``directory``, start the clock, spawn, and connect to the monitor.
 
-        Raises MonitorError, OSError.
+        ``state`` is the stream that the command line loads, if it does. Raises OSError.
         """
         self.times: dict[str, float] = {}
         self._log = directory / "vmm.log"
         with contextlib.ExitStack() as stack:
             for number, name in ((MONITOR_FD, "m"), (AGENT_FD, "a")):
                 _listen(directory / name, number, stack)
+            inherited = [MONITOR_FD, AGENT_FD]
+            if state is not None:
+                opened = stack.enter_context(state.open("rb"))
+                _inherit(opened.fileno(), STATE_FD, stack)
+                inherited.append(STATE_FD)
             log = stack.enter_context(self._log.open("ab"))
             self._began = time.perf_counter()
             # A session of its own: a Ctrl-C is for us, and we end it in order.
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                pass_fds=(MONITOR_FD, AGENT_FD), start_new_session=True,
+                pass_fds=inherited, start_new_session=True,
             )  # fmt: skip
             self._mark("spawn")
         connection = socket.socket(socket.AF_UNIX)
@@ -125,26 +130,22 @@ class HandStarted:
         self._mark("greeting")
         self.monitor.receive()
 
-    def load(self, state: Path) -> None:
-        """Load a stream into a QEMU that waits with ``-incoming defer``. Raises MonitorError.
+    def load(self) -> None:
+        """Return when QEMU has loaded the state it was started with. Raises MonitorError.
 
-        All commands are sent before the first answer is read.
+        It loads by itself, before it looks at its monitor, so the first answer mostly says so.
         """
         try:
-            descriptor = os.open(state, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                monitor = self.monitor
-                monitor.send("qmp_capabilities")
-                monitor.send("migrate-set-capabilities", capabilities=_EVENTS)
-                monitor.send("getfd", descriptor, fdname="state")
-                monitor.send("migrate-incoming", uri="fd:state")
-                monitor.receive()
-                self._mark("greeting")
-                for _ in range(4):
-                    monitor.receive()
-            finally:
-                os.close(descriptor)
-            monitor.await_migration()
+            self.monitor.send("qmp_capabilities")
+            self.monitor.send("query-migrate")
+            self.monitor.receive()
+            self._mark("greeting")
+            self.monitor.receive()
+            answer = self.monitor.receive()["return"]
+            while answer.get("status") != "completed":
+                if answer.get("status") == "failed":
+                    raise MonitorError("the state could not be loaded")
+                answer = self.monitor.run("query-migrate")
         except MonitorError as error:
             words = self._log.read_text(errors="replace").strip().splitlines()[-3:]
             raise MonitorError(f"{error} ({' / '.join(words)})") from error
@@ -163,14 +164,16 @@ class HandStarted:
         self.process.wait()
 
 
-_EVENTS = [{"capability": "events", "state": True}]
-
-
 def _listen(path: Path, number: int, stack: contextlib.ExitStack) -> None:
     """A listening Unix socket at ``path`` as descriptor ``number``, for a child to inherit."""
     path.unlink(missing_ok=True)
     listening = stack.enter_context(socket.socket(socket.AF_UNIX))
     listening.bind(str(path))
     listening.listen(1)
-    os.dup2(listening.fileno(), number, inheritable=True)
+    _inherit(listening.fileno(), number, stack)
+
+
+def _inherit(descriptor: int, number: int, stack: contextlib.ExitStack) -> None:
+    """The same open file as descriptor ``number``, as long as the stack."""
+    os.dup2(descriptor, number, inheritable=True)
     stack.callback(os.close, number)

@@ -94,9 +94,10 @@ class PeerVm:
     def fork(self, snapshot: PeerSnapshot) -> float:
         """Run a new process from a snapshot until its guest runs, end it; milliseconds."""
         state = snapshot.copy / _STATE
-        machine = HandStarted(plain_memory(self._hand.command(snapshot.copy, state)), snapshot.copy)
+        command = plain_memory(self._hand.command(snapshot.copy, state))
+        machine = HandStarted(command, snapshot.copy, state)
         try:
-            machine.load(state)
+            machine.load()
             return machine.go()
         finally:
             machine.kill()

@@ -98,11 +98,7 @@ def _pause_by_size(axes: Axes, samples: dict[str, Samples]) -> bool:
         return False
     sizes = [gib for gib in (1, 2, 4) if f"ours {gib} GiB: gap" in busy]
     for who, color, label in (("ours", _OURS, "Stillframe"), ("peers", _PEERS, "peers' way")):
-        groups = [
-            [max(gap - noise, 0.1) for gap, noise in zip(
-                busy[f"{who} {gib} GiB: gap"], busy[f"{who} {gib} GiB: noise"], strict=True)]
-            for gib in sizes
-        ]  # fmt: skip
+        groups = [busy[f"{who} {gib} GiB: gap"] for gib in sizes]
         _points(axes, sizes, groups, color, label)
     axes.set(yscale="log", xlabel="guest memory (GiB)", ylabel="pause seen by the guest (ms)",
              title="Pause of a guest that rewrites memory")  # fmt: skip

@@ -28,8 +28,9 @@ limit on its speed, a sparse copy of the VM's directory, `cont`; for a fork, a n
 **Running** is from just before the HTTP request to the moment of `cont` that the server tells;
 **usable** is when an exec in the guest has answered.
 
-**Pause**: the guest sends a datagram every millisecond, the host answers with its clock. The
-largest gap around the snapshot, less the largest in an equal window without one, medians of each.
+**Pause**: the guest sends a datagram every millisecond, the host answers with its clock, which goes
+on while the guest stands. The pause is the largest gap around the snapshot; the noise is the
+largest in an equal window without one, subtracted only where the measure says "over its noise".
 
 **Memory**: slope of the host's available memory over idle forks, less that over the same VMMs with
 the same state loaded whose guests never ran. Under emulation it includes the code that the emulator

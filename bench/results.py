@@ -39,10 +39,12 @@ def figure(values: Sequence[float], unit: str = "ms") -> str:
 
 
 def number(value: float) -> str:
-    """Three digits at least, and no more decimals than they need."""
+    """Three digits, and no more decimals than they need."""
     if abs(value) >= 100:
         return f"{value:.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    if abs(value) >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
 
 
 @dataclass(slots=True)

@@ -1,8 +1,9 @@
 """Rows about pauses, measured inside the guest by ticks: idle forks, cold boots, busy guests.
 
-A pause is the guest's largest gap between two ticks around a snapshot, less its largest gap in an
-equally long window just before (its noise). Medians are taken of both sides before they are
-subtracted.
+A pause is the guest's largest gap between two ticks around a snapshot, all of it; its largest gap
+in an equally long window just before is its noise, and is shown beside. Only where the target is
+over the noise is it subtracted, the medians of both: a gap does not grow by all of the noise, so
+that flatters.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ class Pauses:
         return [gap.noise.largest_ms for gap in self.gaps]
 
     @property
-    def each(self) -> list[float]:
-        """The pause of each run over its own noise, ms."""
-        return [gap.pause_ms for gap in self.gaps]
+    def pause_ms(self) -> float:
+        """The median gap."""
+        return statistics.median(self.during)
 
     @property
-    def pause_ms(self) -> float:
+    def over_noise_ms(self) -> float:
         """The median gap over the median noise."""
-        return statistics.median(self.during) - statistics.median(self.noise)
+        return self.pause_ms - statistics.median(self.noise)
 
     def took(self, taken: Reply) -> None:
         """Keep what the server tells of its snapshot."""
@@ -119,7 +120,7 @@ def _idle_row(lab: Lab) -> Row:
         lab.client.delete(fork)
 
     alternate(lab.runs, [step], lab.say)
-    row.value = pauses.pause_ms
+    row.value = pauses.over_noise_ms
     row.details = [pauses.text(), f"the server says {figure(pauses.reported_ms)}"]
     row.samples = pauses.samples("fork")
     row.phases = {"snapshot of an idle fork": median_phases(pauses.timings)}
@@ -139,13 +140,12 @@ def _boot_row(lab: Lab) -> Row:
             lambda: _peer_snapshot(lab, vm, token, theirs, 1.0),
         ]
         alternate(lab.runs, steps, lab.say)
-    pause = max(ours.pause_ms, 0.0)
-    row.value = pause / theirs.pause_ms
+    row.value = ours.pause_ms / theirs.pause_ms
     row.details = [
-        f"ours {number(pause)} ms: {ours.text()}; the server says {figure(ours.reported_ms)}",
-        f"peers {number(theirs.pause_ms)} ms: {theirs.text()}",
+        f"ours: {ours.text()}; the server says {figure(ours.reported_ms)}",
+        f"peers: {theirs.text()}",
         f"peers' migrate alone {figure(theirs.reported_ms)}, ours over that "
-        f"{pause / statistics.median(theirs.reported_ms):.3f}",
+        f"{ours.pause_ms / statistics.median(theirs.reported_ms):.3f}",
         f"running source to running fork, capture included: ours {figure(ours.together_ms)}",
     ]
     row.samples = ours.samples("ours") | theirs.samples("peers")
@@ -178,11 +178,11 @@ def _busy_row(lab: Lab) -> Row:
         guest = Guest(memory, used_mib=_BUSY_USED, rate_mib=_BUSY_RATE)
         label = f"{memory // 1024} GiB"
         ours, theirs = _busy_ours(lab, guest, runs), _busy_peers(lab, guest, runs)
-        worst.append(max(ours.each))
+        worst.append(max(ours.during))
         row.details.append(
-            f"{label}: median {number(ours.pause_ms)} ms, worst {number(max(ours.each))}, first "
-            f"{number(ours.each[0])}; noise {figure(ours.noise)}; rewritten meanwhile "
-            f"{number(statistics.median(ours.rates))} MB/s; peers {number(theirs.pause_ms)} ms"
+            f"{label}: {ours.text()}, worst {number(max(ours.during))} ms, first "
+            f"{number(ours.during[0])} ms; the server says {figure(ours.reported_ms)}; rewritten "
+            f"meanwhile {number(statistics.median(ours.rates))} MB/s; peers: {theirs.text()}"
         )
         row.samples |= ours.samples(f"ours {label}") | theirs.samples(f"peers {label}")
         row.phases[f"snapshot of a busy guest, {label}"] = median_phases(ours.timings)

@@ -55,7 +55,8 @@ def test_phases_that_only_some_runs_had_are_kept_in_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.123, "0.12"), (12.34, "12.3"), (123.4, "123"), (-0.97, "-0.97")]
+    ("value", "text"),
+    [(0.1234, "0.123"), (1.234, "1.23"), (12.34, "12.3"), (123.4, "123"), (-0.97, "-0.970")],
 )
 def test_numbers_keep_the_digits_they_need(value: float, text: str) -> None:
     assert number(value) == text
