@@ -12,6 +12,7 @@ from stillframe.engine.context import Context, LiveInstance, Phases, finish
 from stillframe.engine.machines import attach, check_loadable, end, identify_guest, load
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import storage_errors
+from stillframe.model.errors import GuestFailure, NotFound
 from stillframe.model.states import InstanceState
 from stillframe.model.values import Instance
 from stillframe.store.paths import Payload
@@ -132,8 +133,13 @@ async def let_run(
 async def _greet(
     context: Context, instance: Instance, live: LiveInstance, phases: Phases, operation: Operation
 ) -> None:
-    with phases.measure("identify"):
-        await identify_guest(context, instance, live)
+    try:
+        with phases.measure("identify"):
+            await identify_guest(context, instance, live)
+    except GuestFailure:
+        if not live.ending:  # else somebody has just stopped or deleted it
+            raise
+        return
     _remember(context, instance, phases)
     context.telemetry.observe(operation, {"identify": phases.milliseconds["identify"]})
 
@@ -145,9 +151,13 @@ async def _after_greeting(
     assert live.greeting is not None  # noqa: S101 - for the type checker
     await asyncio.wait([live.greeting])
     error = None if live.greeting.cancelled() else live.greeting.exception()
-    if error is None or context.closing or instance_id not in context.records.instances:
+    if error is None or context.closing:
         return
-    async with context.exclusive(instance_id, "identify") as instance:
+    async with contextlib.AsyncExitStack() as held:
+        try:
+            instance = await held.enter_async_context(context.exclusive(instance_id, "identify"))
+        except NotFound:
+            return
         if context.live.get(instance_id) is not live or live.ending:
             return
         reason = f"the guest could not be given an identity of its own: {error}"
