@@ -8,7 +8,7 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,10 +21,10 @@ from bench.server import NoVolume, xfs_volume
 KEYS = ("second-snapshot", "fork-memory")
 _REWRITTEN_MIB = 64
 _MIB = 1 << 20
-_ATTEMPTS = 3
+_ATTEMPTS = 2
 _BY_HAND = 5
 _TOLERATED_MIB = 3.0
-_STEADY_SECONDS, _STEADY_MIB = 120.0, 2.0
+_STEADY_MIB = 2.0
 
 
 def measure(lab: Lab, wanted: set[str]) -> list[Row]:
@@ -120,6 +120,14 @@ class _Growth:
         """MiB that each VMM holds for itself, by its own page tables."""
         return statistics.mean(a + b for a, b in zip(self.guest_mib, self.other_mib, strict=True))
 
+    def hold(self, pids: Sequence[int]) -> None:
+        """Look at what each VMM holds, once all have been idle for a while."""
+        time.sleep(5)
+        for pid in pids:
+            guest, other = private_mib(Path(f"/proc/{pid}/smaps").read_text())
+            self.guest_mib.append(guest)
+            self.other_mib.append(other)
+
     def agrees_with(self, other: _Growth) -> bool:
         """Whether two series can be compared: beside what the VMMs hold, each VM costs the same.
 
@@ -145,7 +153,7 @@ def _memory_row(lab: Lab) -> Row:
     count = 6 if lab.quick else max(20, lab.runs)
     snapshot = lab.snapshot_of(SMALL)
     hand = lab.hand_for(SMALL)
-    for _ in range(_ATTEMPTS):
+    for _ in range(1 if lab.quick else _ATTEMPTS):
         forks = _series(lab, count, lambda stack: _idle_fork(lab, snapshot, stack))
         base = _series(lab, count, lambda stack: _waiting_vmm(lab, snapshot, stack))
         if forks.agrees_with(base):
@@ -153,8 +161,9 @@ def _memory_row(lab: Lab) -> Row:
             break
     else:
         row.not_run = "other work on this host moves its available memory, see below"
+    by_hand = _Growth()
     with contextlib.ExitStack() as stack:
-        by_hand = _grow(_BY_HAND, lambda: _waiting_vmm(lab, snapshot, stack, go=True))
+        by_hand.hold([_waiting_vmm(lab, snapshot, stack, go=True) for _ in range(_BY_HAND)])
     row.details = [
         f"{count} forks of a guest with {hand.spec.memory_bytes // _MIB} MiB: "
         f"{number(forks.each_mib)} MiB less available for each; loaded, never run: "
@@ -177,24 +186,20 @@ def _memory_row(lab: Lab) -> Row:
 def _series(lab: Lab, count: int, start: Callable[[contextlib.ExitStack], int]) -> _Growth:
     """Start ``count`` VMs one after another, then end them."""
     with contextlib.ExitStack() as stack:
-        growth = _grow(count, lambda: start(stack))
+        growth = _grow(count, lambda: start(stack), 25 if lab.quick else 60)
     lab.say(f"{count} VMs, {number(growth.each_mib)} MiB each, {number(growth.held_mib)} held")
     return growth
 
 
-def _grow(count: int, start: Callable[[], int]) -> _Growth:
+def _grow(count: int, start: Callable[[], int], seconds: float) -> _Growth:
     growth, pids = _Growth(), list[int]()
-    await_steady_memory()
+    await_steady_memory(seconds)
     for started in range(count + 1):
         if started:
             pids.append(start())
             time.sleep(0.5)
         growth.available.append((started, available_mib()))
-    time.sleep(5)  # idle for a while, those started last too
-    for pid in pids:
-        guest, other = private_mib(Path(f"/proc/{pid}/smaps").read_text())
-        growth.guest_mib.append(guest)
-        growth.other_mib.append(other)
+    growth.hold(pids)
     return growth
 
 
@@ -216,12 +221,12 @@ def _waiting_vmm(lab: Lab, snapshot: Json, stack: contextlib.ExitStack, *, go: b
     return machine.process.pid
 
 
-def await_steady_memory() -> None:
-    """Return when available memory no longer moves, or after two minutes.
+def await_steady_memory(seconds: float) -> None:
+    """Return when available memory no longer moves, or after ``seconds``.
 
     A host that is itself a guest may get back what ended processes held only bit by bit.
     """
-    deadline = time.monotonic() + _STEADY_SECONDS
+    deadline = time.monotonic() + seconds
     seen = [available_mib()]
     while time.monotonic() < deadline:
         time.sleep(1)
