@@ -32,9 +32,9 @@ limit on its speed, a sparse copy of the VM's directory, `cont`; for a fork, a n
 on while the guest stands. The pause is the largest gap around the snapshot; the noise is the
 largest in an equal window without one, subtracted only where the measure says "over its noise".
 
-**Memory**: slope of the host's available memory over idle forks, less that over the same VMMs with
-the same state loaded whose guests never ran. Under emulation it includes the code that the emulator
-makes of the guest's.
+**Memory**: slope of the host's available memory over idle forks, less what the same VMM holds that
+is run by hand from the same state and idles too, its guest's pages not counted: program, heap,
+devices, and under emulation the code that it made of the guest's.
 
 **Stored**: what the file system has less free after the second snapshot than before it.
 """
