@@ -86,6 +86,7 @@ def _run_server(settings: Settings) -> None:
             default_memory_bytes=settings.default_memory_bytes,
             default_vcpus=settings.default_vcpus,
             default_overlay_bytes=settings.default_overlay_bytes,
+            default_compression=settings.default_compression,
             max_concurrent_starts=settings.max_concurrent_starts,
             max_snapshots=settings.max_snapshots,
             max_snapshot_bytes=settings.max_snapshot_bytes,
