@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,30 +16,38 @@ from typing import Any
 import pytest
 
 from stillframe.engine.engine import Engine
-from stillframe.engine.interface import CreateRequest, ForkRequest
+from stillframe.engine.interface import CreateRequest
 from stillframe.engine.keeping import compression as keeping
 from stillframe.host.orphans import kill_orphans
-from stillframe.model.errors import DamagedData, InvalidRequest, InvalidState, VmmFailure
+from stillframe.model.errors import InvalidRequest, InvalidState, VmmFailure
 from stillframe.model.states import InstanceState
 from stillframe.model.values import (
     CompressionAlgorithm,
     CompressionConfig,
     CompressionState,
     Instance,
-    Snapshot,
-    SnapshotKind,
     SnapshotPolicy,
 )
 from stillframe.store import compression as storing
 from stillframe.store.payloads import check, measure, memory_file
 from support.clock import START, SetClock
-from support.engine import ask, make_engine, open_engine, running, traces
-from support.payloads import flip
-
-LIVE, DISK = SnapshotKind.STANDBY, SnapshotKind.STOPPED
-ZSTD = CompressionConfig(True, CompressionAlgorithm.ZSTD, 1)
-LZ4 = CompressionConfig(True, CompressionAlgorithm.LZ4, 0)
-OFF = CompressionConfig(False)
+from support.compressing import (
+    DISK,
+    LIVE,
+    LZ4,
+    OFF,
+    ZSTD,
+    Gate,
+    captured,
+    compressed,
+    expanded,
+    forked,
+    image_of,
+    removed,
+    settled,
+)
+from support.engine import ask, make_engine, open_engine, running
+from support.payloads import verified
 
 
 @pytest.fixture(autouse=True)
@@ -55,72 +61,6 @@ def no_vm_is_left(tmp_path: Path) -> Iterator[None]:
 async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
     async with open_engine(tmp_path) as opened:
         yield opened
-
-
-class Gate:
-    """Stands in for ``compress``: says that it was reached, then waits to be let through."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.reached, self.opened = threading.Event(), threading.Event()
-        self.cancelled = False
-        monkeypatch.setattr(keeping, "compress", self)
-
-    def __call__(
-        self, source: Path, destination: Path, *rest: Any, cancelled: Callable[[], bool]
-    ) -> Any:
-        """Leave what an unfinished attempt would leave, while it waits."""
-        destination.write_bytes(b"unfinished")
-        self.reached.set()
-        while not self.opened.wait(0.002):
-            if cancelled():
-                self.cancelled = True
-                return None
-        destination.unlink()
-        return storing.compress(source, destination, *rest, cancelled=cancelled)
-
-    async def until_reached(self) -> None:
-        """Return when a compression is at work."""
-        assert await asyncio.to_thread(self.reached.wait, 30)
-
-
-async def captured(engine: Engine, config: CompressionConfig | None = None) -> Snapshot:
-    source = await running(engine)
-    await ask(engine, source.id, "set", "who", "source")
-    return await engine.snapshot(source.id, kind=LIVE, compression=config)
-
-
-async def settled(engine: Engine, snapshot_id: str) -> Snapshot:
-    """The snapshot once its compression is done."""
-    async with asyncio.timeout(60):
-        await engine.context.compressor.settled(snapshot_id)
-    return engine.find_snapshot(snapshot_id)
-
-
-async def compressed(engine: Engine, config: CompressionConfig = ZSTD) -> Snapshot:
-    snapshot = await settled(engine, (await captured(engine, config)).id)
-    assert snapshot.compression_state is CompressionState.COMPRESSED, snapshot.compression_error
-    return snapshot
-
-
-def image_of(engine: Engine, instance_id: str) -> os.stat_result:
-    """What an instance maps."""
-    return engine.context.data.instance(instance_id).memory.stat()
-
-
-def expanded(engine: Engine) -> list[Path]:
-    return sorted(engine.context.data.expanded.iterdir())
-
-
-async def removed(engine: Engine) -> list[Path]:
-    """The expanded images, when all that is being removed is gone."""
-    await engine.context.expanded.close()
-    return expanded(engine)
-
-
-async def forked(engine: Engine, snapshot: Snapshot, name: str) -> Instance:
-    fork = await engine.fork_snapshot(snapshot.id, ForkRequest(name))
-    assert await ask(engine, fork.id, "get", "who") == "source"
-    return fork
 
 
 # -- states ---------------------------------------------------------------------------------------
@@ -255,160 +195,6 @@ async def test_no_space_while_compressing_keeps_the_raw_image_and_says_so(
     assert 'failures_total{code="storage_full",operation="compress"} 1' in engine.metrics().decode()
 
 
-# -- forks and restores ---------------------------------------------------------------------------
-@pytest.mark.parametrize("config", [ZSTD, LZ4], ids=["zstd", "lz4"])
-async def test_forks_share_one_expanded_image_and_the_stored_object_stays(
-    engine: Engine, config: CompressionConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate = Gate(monkeypatch)
-    snapshot = await captured(engine, config)
-    await gate.until_reached()
-    raw = engine.context.data.snapshot(snapshot.id).memory.read_bytes()
-    gate.opened.set()
-    snapshot = await settled(engine, snapshot.id)
-    directory = engine.context.data.snapshot(snapshot.id).directory
-    before = {path.name: path.stat().st_ino for path in directory.iterdir()}
-    outcomes = await engine.fork_many(snapshot.id, [ForkRequest(f"fork-{n}") for n in range(4)])
-    forks = [outcome.instance for outcome in outcomes if outcome.instance is not None]
-    assert len(forks) == 4
-    assert len({image_of(engine, fork.id).st_ino for fork in forks}) == 1
-    assert image_of(engine, forks[0].id).st_nlink == 5  # and the one that others will link
-    assert engine.context.data.instance(forks[0].id).memory.read_bytes() == raw
-    assert "expand" in forks[0].timings_ms
-    for fork in forks:
-        assert await ask(engine, fork.id, "get", "who") == "source"
-    assert {path.name: path.stat().st_ino for path in directory.iterdir()} == before
-    assert engine.find_snapshot(snapshot.id) == snapshot
-    await engine.delete_snapshot(snapshot.id)
-    assert await ask(engine, forks[0].id, "get", "who") == "source"
-    for fork in forks:
-        assert expanded(engine)
-        await engine.delete(fork.id, graceful=False)
-    assert await removed(engine) == []
-
-
-async def test_a_burst_of_forks_expands_once(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[Path] = []
-    expand = storing.expand
-
-    def counted(source: Path, destination: Path, **options: Any) -> int | None:
-        calls.append(source)
-        return expand(source, destination, **options)
-
-    monkeypatch.setattr(storing, "expand", counted)
-    snapshot = await compressed(engine)
-    await asyncio.gather(*(forked(engine, snapshot, f"fork-{n}") for n in range(3)))
-    await forked(engine, snapshot, "later")
-    assert len(calls) == 1
-
-
-async def test_what_is_mapped_already_is_shared_with_forks_to_come(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate = Gate(monkeypatch)
-    snapshot = await captured(engine, ZSTD)
-    await gate.until_reached()
-    before = await forked(engine, snapshot, "before")  # it does not wait, and calls nothing off
-    gate.opened.set()
-    done = await settled(engine, snapshot.id)
-    assert done.compression_state is CompressionState.COMPRESSED
-    after = await forked(engine, done, "after")
-    assert image_of(engine, before.id).st_ino == image_of(engine, after.id).st_ino
-    for fork in (before, after):
-        await engine.delete(fork.id, graceful=False)
-    assert await removed(engine) == []
-
-
-async def test_warm_forks_share_the_expanded_image_too(engine: Engine) -> None:
-    snapshot = await compressed(engine)
-    await engine.set_warm(snapshot.id, 2)
-    async with asyncio.timeout(60):
-        status = await engine.context.warm.settled(snapshot.id)
-    assert (status.ready, status.limited_by) == (2, None)
-    warm = [fork.child.id for fork in engine.context.warm.waiting()]
-    assert len({image_of(engine, child).st_ino for child in warm}) == 1
-    await engine.set_warm(snapshot.id, 0)
-    assert await removed(engine) == []
-
-
-async def test_restore_in_place_from_a_compressed_snapshot(engine: Engine) -> None:
-    snapshot = await compressed(engine)
-    source = snapshot.source_instance_id
-    await ask(engine, source, "set", "who", "changed")
-    await engine.stop(source)
-    restored = await engine.restore_snapshot(source, snapshot.id)
-    assert restored.state is InstanceState.RUNNING
-    assert await ask(engine, source, "get", "who") == "source"
-    assert engine.find_snapshot(snapshot.id) == snapshot
-    await engine.stop(source)
-    asleep = await engine.restore_snapshot(source, snapshot.id, target_state=InstanceState.STANDBY)
-    assert await removed(engine) == []
-    standby = engine.context.data.instance(source).standby
-    assert (standby.directory / "memory.zst").stat().st_nlink == 2  # nothing was expanded for it
-    await engine.restore(asleep.id)
-    assert await ask(engine, source, "get", "who") == "source"
-
-
-async def test_a_damaged_compressed_image_is_refused_and_leaves_nothing(
-    engine: Engine, tmp_path: Path
-) -> None:
-    snapshot = await compressed(engine)
-    flip(engine.context.data.snapshot(snapshot.id).directory / "memory.zst", 40)
-    before = traces(tmp_path)
-    outcomes = await engine.fork_many(snapshot.id, [ForkRequest("one"), ForkRequest("two")])
-    assert [type(outcome.error) for outcome in outcomes] == [DamagedData, DamagedData]
-    assert traces(tmp_path) == before
-    assert await removed(engine) == []
-    assert engine.context.records.intents == {}
-
-
-async def test_no_space_while_expanding_leaves_nothing_and_the_next_fork_works(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    snapshot = await compressed(engine)
-    before = traces(tmp_path)
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(storing, "write_sparse", full)
-        (outcome,) = await engine.fork_many(snapshot.id, [ForkRequest("fork")])
-        assert outcome.error is not None
-        assert outcome.error.code == "storage_full"
-    assert traces(tmp_path) == before
-    assert await removed(engine) == []
-    await forked(engine, snapshot, "fork")
-
-
-async def test_a_fork_that_is_called_off_while_it_expands_leaves_the_others(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    snapshot = await compressed(engine)
-    reached, opened, expand = threading.Event(), threading.Event(), storing.expand
-
-    def slow(*arguments: Any, **options: Any) -> int | None:
-        reached.set()
-        assert opened.wait(30)
-        return expand(*arguments, **options)
-
-    monkeypatch.setattr(storing, "expand", slow)
-    first = asyncio.create_task(engine.fork_snapshot(snapshot.id, ForkRequest("first")))
-    second = asyncio.create_task(engine.fork_snapshot(snapshot.id, ForkRequest("second")))
-    assert await asyncio.to_thread(reached.wait, 30)
-    use = next(iter(engine.context.expanded._uses.values()))
-    while use.users < 2:  # noqa: ASYNC110 - until both wait for it
-        await asyncio.sleep(0)
-    first.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await first
-    opened.set()
-    assert await ask(engine, (await second).id, "get", "who") == "source"
-    assert [i.name for i in engine.list_instances()] == ["source", "second"]
-
-
 # -- deletion and restart -------------------------------------------------------------------------
 async def test_deleting_while_compressing_calls_it_off(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
@@ -524,7 +310,9 @@ async def test_a_snapshot_of_a_compressed_standby_shares_it_or_is_as_it_was_aske
     other = await engine.snapshot(source.id, kind=LIVE, compression=LZ4)
     assert (await settled(engine, other.id)).compression_state is CompressionState.COMPRESSED
     for number, snapshot in enumerate((same, raw, other)):
-        check(engine.context.data.snapshot(snapshot.id))
+        payload = engine.context.data.snapshot(snapshot.id)
+        check(payload)
+        assert verified(payload).damage == ()
         await forked(engine, snapshot, f"fork-{number}")
 
 

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from stillframe.engine.context import Context, Phases
 from stillframe.engine.keeping.expanded import cancellable
@@ -46,6 +46,7 @@ from stillframe.store.payloads import (
 )
 
 log = logging.getLogger("stillframe.compression")
+T = TypeVar("T")
 _NICENESS = 10  # of 19: whoever serves a request goes first
 
 
@@ -223,15 +224,17 @@ class Compressor:
             async with self._places:
                 phases = Phases()
                 with storage_errors("compress the memory image"):
-                    if await asyncio.to_thread(_prepare, payload) is None:
+                    if await self._in_thread(lambda _: _prepare(payload)) is None:
                         with phases.measure("compress"):
                             await self._in_thread(lambda stop: _build(payload, config, stop))
                         with phases.measure("switch"):
                             await self._switch(payload, config)
                         telemetry.observe(Operation.COMPRESS, phases.total())
-                    return await asyncio.to_thread(measure, payload)
+                    return await self._in_thread(lambda _: measure(payload))
         except Exception as error:
             telemetry.count_failure(Operation.COMPRESS, error)
+            with contextlib.suppress(OSError):
+                await self._in_thread(lambda _: settle(payload))
             raise
 
     async def _switch(self, payload: Payload, config: CompressionConfig) -> None:
@@ -247,15 +250,22 @@ class Compressor:
             if payload.memory.stat().st_nlink > 1:
                 with contextlib.suppress(FileExistsError):
                     expanded.path(key).hardlink_to(payload.memory)
-            switch_to_compressed(payload, algorithm)
+            try:
+                switch_to_compressed(payload, algorithm)
+            except OSError as error:
+                found = memory_file(payload)
+                if found is None or found[1] is None:
+                    raise
+                # The raw image is gone already, so the compressed one was durable before that.
+                log.warning("the removal of %s may not be durable: %s", payload.memory, error)
 
         try:
             await self._in_thread(switch)
         finally:
             expanded.keep(key)
 
-    async def _in_thread(self, work: Callable[[Callable[[], bool]], None]) -> None:
-        await cancellable(work, self._threads)
+    async def _in_thread(self, work: Callable[[Callable[[], bool]], T]) -> T:
+        return await cancellable(work, self._threads)
 
 
 def _told(error: Exception, what: str) -> str:

@@ -73,11 +73,11 @@ async def enter_standby(
         undo.callback(setattr, live, "ending", False)
         context.commit(asleep, note="in standby")
         undo.pop_all()
+    context.compressor.want_standby(asleep)
     context.telemetry.observe(Operation.STANDBY, phases.total())
     await finish(end(context, instance.id))
     paths.memory.unlink(missing_ok=True)
     context.expanded.sweep()
-    context.compressor.want_standby(asleep)
     return asleep
 
 
