@@ -29,6 +29,7 @@ from stillframe.model.values import (
     SnapshotPolicy,
 )
 from stillframe.store import compression as storing
+from stillframe.store import payloads
 from stillframe.store.payloads import check, measure, memory_file
 from support.clock import START, SetClock
 from support.compressing import (
@@ -193,6 +194,33 @@ async def test_no_space_while_compressing_keeps_the_raw_image_and_says_so(
     check(payload)
     await forked(engine, done, "fork")
     assert 'failures_total{code="storage_full",operation="compress"} 1' in engine.metrics().decode()
+
+
+@pytest.mark.parametrize("good_flushes", [0, 1])
+async def test_a_flush_that_fails_at_the_switch_leaves_a_record_that_is_right(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, good_flushes: int
+) -> None:
+    """The first comes before the raw image goes, the second after it."""
+    flushes: list[Path] = []
+
+    def failing(directory: Path) -> None:
+        flushes.append(directory)
+        if len(flushes) == good_flushes + 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    gate = Gate(monkeypatch)
+    taken = await captured(engine, ZSTD)
+    await gate.until_reached()
+    monkeypatch.setattr(payloads, "fsync_directory", failing)
+    gate.opened.set()
+    done = await settled(engine, taken.id)
+    payload = engine.context.data.snapshot(taken.id)
+    raw = good_flushes == 0
+    expected = CompressionState.ERROR if raw else CompressionState.COMPRESSED
+    assert done.compression_state is expected
+    assert payload.memory.exists() is raw
+    assert (payload.directory / "memory.zst").exists() is not raw
+    await forked(engine, done, "fork")
 
 
 # -- deletion and restart -------------------------------------------------------------------------

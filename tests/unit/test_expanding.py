@@ -13,14 +13,15 @@ import pytest
 
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import ForkRequest
+from stillframe.engine.keeping import expanded as expanding
 from stillframe.model.errors import DamagedData
 from stillframe.model.states import InstanceState
-from stillframe.model.values import (
-    CompressionConfig,
-    CompressionState,
-)
+from stillframe.model.values import CompressionAlgorithm, CompressionConfig, CompressionState
 from stillframe.store import compression as storing
+from stillframe.store.paths import Payload
+from stillframe.store.payloads import memory_file
 from support.compressing import (
+    LIVE,
     LZ4,
     ZSTD,
     Gate,
@@ -107,6 +108,21 @@ async def test_what_is_mapped_already_is_shared_with_forks_to_come(
     assert await removed(engine) == []
 
 
+async def test_a_switch_between_the_look_and_the_link_is_noticed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = await compressed(engine)
+    looks: list[Payload] = []
+
+    def late(payload: Payload) -> tuple[Path, CompressionAlgorithm | None] | None:
+        looks.append(payload)
+        return (payload.memory, None) if len(looks) == 1 else memory_file(payload)
+
+    monkeypatch.setattr(expanding, "memory_file", late)
+    await forked(engine, snapshot, "fork")
+    assert len(looks) == 2
+
+
 async def test_warm_forks_share_the_expanded_image_too(engine: Engine) -> None:
     snapshot = await compressed(engine)
     await engine.set_warm(snapshot.id, 2)
@@ -135,6 +151,22 @@ async def test_restore_in_place_from_a_compressed_snapshot(engine: Engine) -> No
     assert (standby.directory / "memory.zst").stat().st_nlink == 2  # nothing was expanded for it
     await engine.restore(asleep.id)
     assert await ask(engine, source, "get", "who") == "source"
+
+
+async def test_a_fork_in_standby_shares_the_compressed_image_until_it_wakes(
+    engine: Engine,
+) -> None:
+    snapshot = await compressed(engine)
+    fork = await engine.fork_snapshot(snapshot.id, ForkRequest("fork", InstanceState.STANDBY))
+    assert expanded(engine) == []
+    standby = engine.context.data.instance(fork.id).standby
+    assert (standby.directory / "memory.zst").stat().st_nlink == 2
+    raw = await engine.snapshot(fork.id, kind=LIVE)  # as nobody asked for compression
+    assert raw.compression_state is CompressionState.NONE
+    assert engine.context.data.snapshot(raw.id).memory.exists()
+    await engine.restore(fork.id)
+    assert await ask(engine, fork.id, "get", "who") == "source"
+    await forked(engine, raw, "child")
 
 
 async def test_a_damaged_compressed_image_is_refused_and_leaves_nothing(

@@ -167,11 +167,11 @@ class ExpandedImages:
     async def _make(self, key: str, payload: Payload, compressed: Path) -> None:
         self._known.add(key)
         image = self.path(key)
-        building = image.with_name(f".{key}.new")
+        # Another name each time: one that was called off may still be ending.
+        building = image.with_name(f".{key}.{self._context.new_id()}")
 
         def work(cancelled: Callable[[], bool]) -> None:
             entry = file_entries(read_manifest(payload.manifest))[payload.memory.name]
-            building.unlink(missing_ok=True)
             done = compression.expand(compressed, building, size=entry.size, cancelled=cancelled)
             if done is not None:
                 building.rename(image)

@@ -127,7 +127,8 @@ async def _fill(
         live = context.live_instance(instance)
         captured = await capture(context, instance, live, payload, phases)
         return captured.size, captured.pause_ms
-    if instance.state is InstanceState.STANDBY and config != instance.standby_compression:
+    as_it_is = config is not None and config == instance.standby_compression
+    if instance.state is InstanceState.STANDBY and not as_it_is:
         # It may be compressed, but not as this one is to be: begin from the raw image.
         with phases.measure("copy"), storage_errors("copy the instance"):
             await context.expanded.link(context.data.instance(instance.id).standby, payload.memory)
