@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
@@ -24,6 +25,7 @@ from stillframe.store.manifest import damaged, file_entries, read_manifest
 from stillframe.store.paths import Payload
 from stillframe.store.payloads import image_key, memory_file
 
+log = logging.getLogger("stillframe.expanded")
 T = TypeVar("T")
 
 
@@ -121,6 +123,9 @@ class ExpandedImages:
                 going = path.rename(path.with_name(f".{key}.{self._context.new_id()}"))
             except FileNotFoundError:
                 pass
+            except OSError as error:  # a disk that fails: whoever drops a link is not to suffer
+                log.warning("expanded image %s cannot be removed: %s", key, error)
+                continue
             else:
                 self._remove(going)
             self._known.discard(key)
