@@ -9,7 +9,7 @@ import pytest
 from stillframe.cli.settings import KEYS, Settings, load_settings
 from stillframe.model.errors import InvalidRequest
 from stillframe.model.units import GIB
-from stillframe.model.values import Hypervisor
+from stillframe.model.values import CompressionAlgorithm, CompressionConfig, Hypervisor
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -58,6 +58,10 @@ def test_a_quota_of_zero_is_none(tmp_path: Path) -> None:
         ("default_hypervisor = 'xen'", "default_hypervisor"),
         ("data_dir = 7", "data_dir"),
         ("metrics_listen = false", "metrics_listen"),
+        ("[defaults]\ncompression = 'gzip'", "defaults.compression"),
+        ("[defaults]\ncompression = 'zstd:20'", "defaults.compression"),
+        ("[defaults]\ncompression = 'lz4:x'", "defaults.compression"),
+        ("[defaults]\ncompression = true", "defaults.compression"),
         ("[limits]\nmax_disks = 7", "limits.max_disks"),
     ],
 )
@@ -90,6 +94,24 @@ def test_the_metrics_listener_is_off_unless_it_has_an_address(tmp_path: Path) ->
     assert load_settings(config=file, environment={}).metrics_listen == "127.0.0.1:9464"
     off = load_settings(config=file, environment={}, flags={"metrics_listen": ""})
     assert off.metrics_listen == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("off", None),
+        ("zstd", CompressionConfig(True, CompressionAlgorithm.ZSTD, 1)),
+        ("zstd:3", CompressionConfig(True, CompressionAlgorithm.ZSTD, 3)),
+        ("lz4", CompressionConfig(True, CompressionAlgorithm.LZ4, 0)),
+        ("lz4:9", CompressionConfig(True, CompressionAlgorithm.LZ4, 9)),
+    ],
+)
+def test_compression_is_off_or_an_algorithm_with_a_level(
+    text: str, expected: CompressionConfig | None
+) -> None:
+    assert load_settings(environment={}, flags={}).default_compression is None
+    environment = {"STILLFRAME_DEFAULTS_COMPRESSION": text}
+    assert load_settings(environment=environment, flags={}).default_compression == expected
 
 
 def test_paths_come_as_texts_and_as_paths(tmp_path: Path) -> None:

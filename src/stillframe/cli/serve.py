@@ -86,6 +86,7 @@ def _run_server(settings: Settings) -> None:
             default_memory_bytes=settings.default_memory_bytes,
             default_vcpus=settings.default_vcpus,
             default_overlay_bytes=settings.default_overlay_bytes,
+            default_compression=settings.default_compression,
             max_concurrent_starts=settings.max_concurrent_starts,
             warm_memory_bytes=settings.warm_memory_bytes,
             capture_buffer_bytes=settings.capture_buffer_bytes,

@@ -16,7 +16,12 @@ from typing import Any
 
 from stillframe.model.errors import InvalidRequest, StillframeError
 from stillframe.model.units import GIB, MIB, parse_size
-from stillframe.model.values import Hypervisor
+from stillframe.model.values import (
+    COMPRESSION_LEVELS,
+    CompressionAlgorithm,
+    CompressionConfig,
+    Hypervisor,
+)
 
 DEFAULT_LISTEN = "127.0.0.1:4973"
 _TRACKER = "libstillframe-tracker.so"
@@ -49,6 +54,7 @@ class Settings:
     default_memory_bytes: int = 1 * GIB
     default_vcpus: int = 2
     default_overlay_bytes: int = 10 * GIB
+    default_compression: CompressionConfig | None = None
     max_concurrent_starts: int = 8
     warm_memory_bytes: int = 2 * GIB
     capture_buffer_bytes: int = 512 * MIB
@@ -106,6 +112,19 @@ def _hypervisor(value: Any) -> Hypervisor:
     return Hypervisor(_one_of(*Hypervisor)(value))
 
 
+def _compression(value: Any) -> CompressionConfig | None:
+    if value == "off":
+        return None
+    name, _, level = _text(value).partition(":")
+    if name not in list(CompressionAlgorithm):
+        raise InvalidRequest("must be off, zstd or lz4, with a level as in zstd:3 if you like")
+    algorithm = CompressionAlgorithm(name)
+    lowest, highest, default = COMPRESSION_LEVELS[algorithm]
+    if level and not (level.isdecimal() and lowest <= int(level) <= highest):
+        raise InvalidRequest(f"{name} has levels {lowest} to {highest}")
+    return CompressionConfig(True, algorithm, int(level) if level else default)
+
+
 # Key path -> (field of Settings, parser of the raw value).
 KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "data_dir": ("data_dir", _path),
@@ -131,6 +150,7 @@ KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "defaults.memory": ("default_memory_bytes", _size),
     "defaults.vcpus": ("default_vcpus", _count),
     "defaults.overlay": ("default_overlay_bytes", _size),
+    "defaults.compression": ("default_compression", _compression),
 }
 
 

@@ -28,6 +28,8 @@ from stillframe.store.records import Records
 from stillframe.vmm.driver import Driver, DriverProbe, Machine
 
 if TYPE_CHECKING:
+    from stillframe.engine.keeping.compression import Compressor
+    from stillframe.engine.keeping.expanded import ExpandedImages
     from stillframe.engine.verbs.warm import WarmForks
 
 log = logging.getLogger("stillframe.engine")
@@ -98,7 +100,9 @@ class Context:
         self.images = images
         self.now = now
         self.new_id = make_id
-        self.warm: WarmForks  # made by the engine: it knows this context
+        self.warm: WarmForks  # these are made by the engine: they know this context
+        self.expanded: ExpandedImages
+        self.compressor: Compressor
         self.telemetry = Telemetry(records.instances.values, records.snapshots.values)
         self.live: dict[str, LiveInstance] = {}
         self.starts = asyncio.Semaphore(settings.max_concurrent_starts)
@@ -258,7 +262,8 @@ class Context:
             spent = max(timedelta(0), now - instance.phase_since)
             phase = instance.state.phase
             durations[phase] = durations.get(phase, 0) + int(spent / timedelta(milliseconds=1))
-        changes.setdefault("state_error", None)
+        for passing in ("state_error", "standby_compression", "standby_compression_at"):
+            changes.setdefault(passing, None)
         return replace(
             instance, state=state, phase_since=now, phase_durations_ms=durations, **changes
         )
@@ -279,6 +284,7 @@ class Context:
         """Wake everyone who listens for changes of an instance."""
         for event in self._listeners.get(instance_id, ()):
             event.set()
+        self.expanded.sweep()  # it may have dropped the last link of an image
 
     @contextlib.contextmanager
     def listening(self, instance_id: str) -> Iterator[asyncio.Event]:

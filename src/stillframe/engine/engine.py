@@ -20,6 +20,8 @@ from stillframe.engine.interface import (
     WaitResult,
     WarmStatus,
 )
+from stillframe.engine.keeping.compression import Compressor
+from stillframe.engine.keeping.expanded import ExpandedImages
 from stillframe.engine.keeping.schedule import Scheduler
 from stillframe.engine.keeping.verbs import KeepingVerbs
 from stillframe.engine.settings import EngineSettings
@@ -67,18 +69,24 @@ class Engine(KeepingVerbs):
             settings, data, self._records, {d.hypervisor: d for d in drivers}, images
         )
         self.context.warm = WarmForks(self.context)
+        self.context.expanded = ExpandedImages(self.context)
+        self.context.compressor = Compressor(self.context)
         self.scheduler = Scheduler(self.context)
 
     async def open(self) -> None:
         """Recover what an earlier server left, adopt its VMs, and be ready."""
         await recover.recover(self.context)
+        self.context.expanded.open()
         self.context.warm.open()
+        self.context.compressor.open()
         self.scheduler.start()
 
     async def close(self) -> None:
         """Stop watching; VMs run on."""
         self.context.closing = True
         await self.context.warm.close()
+        await self.context.compressor.close()
+        await self.context.expanded.close()
         await self.context.cancel_background()
         await self.context.images.close()
         for live in self.context.live.values():

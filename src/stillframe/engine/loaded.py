@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from dataclasses import replace
-from pathlib import Path
 
 from stillframe.engine.context import Context, LiveInstance, Phases, finish
+from stillframe.engine.keeping.expanded import link_in_place
 from stillframe.engine.machines import attach, check_loadable, end, identify_guest, load
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import storage_errors
@@ -34,26 +33,19 @@ async def load_paused(
     VmmFailure.
     """
     paths = context.data.instance(instance.id)
-    check_loadable(source.devices, source.memory, instance)
-    with phases.measure("map_memory"), storage_errors("map the memory image"):
+    phase = "map_memory" if source.memory.exists() else "expand"
+    with phases.measure(phase), storage_errors("map the memory image"):
         undo.callback(paths.memory.unlink, missing_ok=True)
         undo.callback(paths.memory_table.unlink, missing_ok=True)
-        _link(source.memory, paths.memory)
+        await context.expanded.link(source, paths.memory)
         paths.memory_table.unlink(missing_ok=True)
         if source.table(source.memory.name).exists():
-            _link(source.table(source.memory.name), paths.memory_table)
+            link_in_place(source.table(source.memory.name), paths.memory_table)
+    check_loadable(source.devices, paths.memory, instance)
     with phases.measure("load"):
         machine = await load(context, instance, source.devices)
     undo.push_async_callback(machine.kill)
     return machine
-
-
-def _link(source: Path, destination: Path) -> None:
-    """Another name for ``source``, in place of whatever has it now."""
-    replacement = destination.with_name(f"{destination.name}.new")
-    replacement.unlink(missing_ok=True)
-    os.link(source, replacement)
-    replacement.replace(destination)
 
 
 async def run_loaded(

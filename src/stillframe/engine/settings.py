@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stillframe.model.units import GIB, MIB
-from stillframe.model.values import Hypervisor
+from stillframe.model.values import CompressionConfig, Hypervisor
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,8 @@ class EngineSettings:
     ``tracker_library`` is preloaded into VMMs so that writes can be tracked (None: they are not).
     ``max_snapshots`` and ``max_snapshot_bytes`` (on disk) are quotas, 0 for none;
     ``min_free_bytes`` is the space of the data directory's file system that no snapshot may take.
+    ``default_compression`` is for snapshots and standby images whose request and instance say
+    nothing (None: they stay raw); ``max_concurrent_compressions`` bounds how many are at work.
     """
 
     data_dir: Path
@@ -35,6 +37,8 @@ class EngineSettings:
     default_memory_bytes: int = 1 * GIB
     default_vcpus: int = 2
     default_overlay_bytes: int = 10 * GIB
+    default_compression: CompressionConfig | None = None
+    max_concurrent_compressions: int = 1
     max_concurrent_starts: int = 8
     capture_buffer_bytes: int = 512 * MIB
     warm_memory_bytes: int = 2 * GIB

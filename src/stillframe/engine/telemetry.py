@@ -36,7 +36,8 @@ class Operation(StrEnum):
     """What is measured and counted; the values of the label ``operation``.
 
     ``fork`` starts a VMM for a fork of a snapshot, ``warm_fork`` takes one that waited;
-    ``fork_instance`` has a capture before it when its source runs.
+    ``fork_instance`` has a capture before it when its source runs. ``compress`` happens in the
+    background.
     """
 
     CREATE = "create"
@@ -51,6 +52,7 @@ class Operation(StrEnum):
     STANDBY = "standby"
     RESTORE = "restore"
     RESTORE_SNAPSHOT = "restore_snapshot"
+    COMPRESS = "compress"
 
 
 _OPERATIONS = frozenset(Operation)

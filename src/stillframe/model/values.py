@@ -66,6 +66,10 @@ class CompressionConfig:
     level: int | None = None
 
 
+# Lowest, highest and default level of each algorithm, by the contract.
+COMPRESSION_LEVELS = {CompressionAlgorithm.ZSTD: (1, 19, 1), CompressionAlgorithm.LZ4: (0, 9, 0)}
+
+
 @dataclass(frozen=True, slots=True)
 class SnapshotPolicy:
     """Per-instance defaults for its snapshots and standbys."""
@@ -125,6 +129,8 @@ class Instance:
     time until then went.
     ``parent_snapshot_id`` / ``parent_instance_id`` say what it was forked from (or restored to).
     ``head_snapshot_id`` is the last snapshot taken of it since then: its next one descends from it.
+    ``standby_compression`` is what its standby image is to be compressed with, from
+    ``standby_compression_at`` on; it says nothing in other states than Standby.
     """
 
     id: str
@@ -161,6 +167,8 @@ class Instance:
     resumed_at: datetime | None = None
     boot_nonce: str = ""
     head_snapshot_id: str | None = None
+    standby_compression: CompressionConfig | None = None
+    standby_compression_at: datetime | None = None
 
     @property
     def has_snapshot(self) -> bool:
@@ -179,6 +187,8 @@ class Snapshot:
     ``warm_count`` is how many forks are to stand ready, loaded and waiting.
     ``parent_snapshot_id`` is the snapshot its state descends from: the one before it of the same
     instance, or the one that instance was forked from or restored to.
+    ``compression`` is the effective configuration, None while the memory is not to be compressed;
+    the compressed and uncompressed sizes are those of the memory, known once it is compressed.
     A ``pinned`` one is deleted by a person with force only, never because it expired.
     """
 

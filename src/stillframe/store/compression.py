@@ -32,12 +32,11 @@ from stillframe.host.files import (
 from stillframe.host.threads import in_order
 from stillframe.model.errors import DamagedData, InvalidRequest
 from stillframe.model.units import MIB
-from stillframe.model.values import CompressionAlgorithm, CompressionConfig
+from stillframe.model.values import COMPRESSION_LEVELS, CompressionAlgorithm, CompressionConfig
 from stillframe.store.manifest import EXTENT, damaged
 from stillframe.store.readers import FileReader, Reader
 
 FRAME = MIB  # bytes of the image in one frame; the last frame may be shorter
-_LEVELS = {CompressionAlgorithm.ZSTD: (1, 19, 1), CompressionAlgorithm.LZ4: (0, 9, 0)}
 _NUMBERS = {CompressionAlgorithm.ZSTD: 1, CompressionAlgorithm.LZ4: 2}
 _ALGORITHMS = {number: algorithm for algorithm, number in _NUMBERS.items()}
 _ENTRY = struct.Struct("<I32s")  # stored length, bit 31 set for a frame of zeros; BLAKE3
@@ -65,7 +64,7 @@ def effective(config: CompressionConfig) -> tuple[CompressionAlgorithm, int]:
     Raises InvalidRequest (``invalid_snapshot_compression``) for a level out of range.
     """
     algorithm = config.algorithm or CompressionAlgorithm.ZSTD
-    lowest, highest, default = _LEVELS[algorithm]
+    lowest, highest, default = COMPRESSION_LEVELS[algorithm]
     level = default if config.level is None else config.level
     if not config.enabled or not lowest <= level <= highest:
         raise InvalidRequest(

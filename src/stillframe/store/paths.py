@@ -15,6 +15,8 @@ DATA/                          0700
   snapshots/<id>/              write-once payloads: manifest.json, memory, devices, overlay.raw,
                                digest tables (*.blake3), memory.zst or memory.lz4 for memory
   snapshots/.<id>.new/         a payload being built
+  expanded/<digest>            memory images expanded from compressed ones; instances link them
+  expanded/.<digest>.*         one being expanded, or going
 """
 
 from __future__ import annotations
@@ -145,6 +147,11 @@ class DataDirectory:
         """All snapshot payloads."""
         return self.root / "snapshots"
 
+    @property
+    def expanded(self) -> Path:
+        """Memory images expanded from compressed payloads, by digest."""
+        return self.root / "expanded"
+
     def instance(self, instance_id: str) -> InstancePaths:
         """The files of an instance. Raises NotFound for what is no id (path traversal)."""
         return InstancePaths(self.instances / _checked(instance_id))
@@ -171,6 +178,7 @@ class DataDirectory:
         self.root.chmod(0o700)
         for directory in (
             self.images, self.system, self.templates, self.instances, self.snapshots,
+            self.expanded,
         ):  # fmt: skip
             directory.mkdir(mode=0o700, exist_ok=True)
 

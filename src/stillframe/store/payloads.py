@@ -17,6 +17,7 @@ the rest. Manifest and digest tables speak of the image, whatever represents it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -64,9 +65,9 @@ def seal(
     table; the other tables are made here, which reads their files. That is nothing for a pause.
     """
     entries: dict[str, FileEntry] = {}
-    for path in _content(payload):
-        known = None if tables is None else tables.get(path.name)
-        entries[path.name] = _entry(payload, path, known)
+    for name in _content(payload):
+        known = None if tables is None else tables.get(name)
+        entries[name] = _entry(payload, name, known)
     for path in _files(payload):
         fsync_file(path)
     atomic_write(payload.manifest, encode_manifest(entries, facts))
@@ -95,16 +96,17 @@ def add_tables(payload: Payload) -> dict[str, Any]:
     return read_manifest(payload.manifest)
 
 
-def _entry(payload: Payload, path: Path, known_table: str | None) -> FileEntry:
-    size = path.stat(follow_symlinks=False).st_size
-    if path == payload.devices:
-        return FileEntry(size, blake3=blake3(read_small(path, MAX_SMALL)).hexdigest())
-    table = payload.table(path.name)
-    if known_table is None:
-        with FileReader(path) as reader:
+def _entry(payload: Payload, name: str, known_table: str | None) -> FileEntry:
+    if name == payload.devices.name:
+        content = read_small(payload.devices, MAX_SMALL)
+        return FileEntry(len(content), blake3=blake3(content).hexdigest())
+    table = payload.table(name)
+    with open_content(payload, name) as reader:
+        size = reader.size
+        if known_table is None:
             known_table = write_table(reader, table)
-    elif table.stat().st_size != table_size(size):
-        raise ValueError(f"the digest table of {path.name} is not for {size} bytes")
+        elif table.stat().st_size != table_size(size):
+            raise ValueError(f"the digest table of {name} is not for {size} bytes")
     return FileEntry(size, table=table.name, table_blake3=known_table)
 
 
@@ -114,10 +116,12 @@ def _files(payload: Payload) -> list[Path]:
     return [p for p in paths if p.is_file() and not p.is_symlink() and not p.name.startswith(".")]
 
 
-def _content(payload: Payload) -> list[Path]:
-    files = _files(payload)
-    tables = {payload.table(path.name) for path in files}
-    return [path for path in files if path not in tables and path != payload.manifest]
+def _content(payload: Payload) -> list[str]:
+    """The names that the manifest lists; a compressed memory image goes by that of the image."""
+    compressed = {payload.compressed(algorithm) for algorithm in CompressionAlgorithm}
+    files = [payload.memory if path in compressed else path for path in _files(payload)]
+    others = {payload.table(path.name) for path in files} | {payload.manifest}
+    return sorted({path.name for path in files if path not in others})
 
 
 def without_file(manifest: bytes, name: str) -> bytes:
@@ -130,16 +134,36 @@ def without_file(manifest: bytes, name: str) -> bytes:
 def share_memory(source: Payload, destination: Payload) -> dict[str, str]:
     """Give ``destination`` the memory, devices and table of ``source``, by hard links.
 
-    Returns what ``seal`` wants to know as ``tables``. Raises DamagedData, OSError.
+    A memory that is there already (the same in another representation) stays. Returns what
+    ``seal`` wants to know as ``tables``. Raises DamagedData, OSError.
     """
     entry = file_entries(read_manifest(source.manifest)).get(source.memory.name)
-    found = memory_file(source)
-    if entry is None or found is None:
+    if entry is None:
         raise damaged(source.memory.name, "is missing")
-    names = [found[0].name, source.devices.name, *([entry.table] if entry.table else [])]
-    for name in names:
+    if memory_file(destination) is None:
+        _share_image(source, destination)
+    for name in [source.devices.name, *([entry.table] if entry.table else [])]:
         os.link(source.directory / name, destination.directory / name)
     return {source.memory.name: entry.table_blake3} if entry.table_blake3 else {}
+
+
+def _share_image(source: Payload, destination: Payload) -> None:
+    for path, _ in 2 * _representations(source):  # a switch may happen between two looks
+        with contextlib.suppress(FileNotFoundError):
+            os.link(path, destination.directory / path.name)
+            return
+    raise damaged(source.memory.name, "is missing")
+
+
+def image_key(payload: Payload) -> str:
+    """What names the content of a payload's memory image: the digest of its table.
+
+    Raises DamagedData; format 1 has no tables, see ``add_tables``.
+    """
+    entry = file_entries(read_manifest(payload.manifest)).get(payload.memory.name)
+    if entry is None or entry.table_blake3 is None:
+        raise damaged(payload.memory.name, "has no digest table")
+    return entry.table_blake3
 
 
 def measure(payload: Payload) -> PayloadSize:

@@ -13,6 +13,7 @@ from stillframe.model.errors import InvalidRequest
 from stillframe.model.states import InstanceState
 from stillframe.model.units import parse_duration
 from stillframe.model.values import (
+    COMPRESSION_LEVELS,
     CompressionAlgorithm,
     CompressionConfig,
     CompressionState,
@@ -22,7 +23,6 @@ from stillframe.model.values import (
 )
 
 TargetState = Literal["Stopped", "Standby", "Running"]
-_LEVELS = {CompressionAlgorithm.ZSTD: (1, 19, 1), CompressionAlgorithm.LZ4: (0, 9, 0)}
 
 
 class CompressionBody(Body):
@@ -47,7 +47,7 @@ class CompressionBody(Body):
             raise InvalidRequest(
                 "unknown compression algorithm", code=code, hint="use zstd or lz4"
             ) from error
-        lowest, highest, default = _LEVELS[algorithm]
+        lowest, highest, default = COMPRESSION_LEVELS[algorithm]
         level = default if self.level is None else self.level
         if not lowest <= level <= highest:
             raise InvalidRequest(

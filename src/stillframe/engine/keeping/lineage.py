@@ -15,8 +15,10 @@ from pathlib import Path
 from stillframe.engine.context import Context
 from stillframe.host.extents import files_in, freed_by_deleting
 from stillframe.host.files import storage_errors
+from stillframe.model.errors import DamagedData
 from stillframe.model.lineage import Family, Lineage, Relative, RelativeKind
 from stillframe.store.paths import DataDirectory
+from stillframe.store.payloads import image_key, memory_file
 
 Inode = tuple[int, int]
 
@@ -82,8 +84,9 @@ def _place(kind: RelativeKind, identifier: str) -> _Place:
 def _weigh(data: DataDirectory, relatives: list[Relative], places: list[_Place]) -> list[Relative]:
     owners: dict[Inode, list[str]] = {}
     images: dict[str, set[Inode]] = {}
+    expanded = {inode: path for path in files_in(data.expanded) for inode in _inodes([path])}
     for kind, identifier in places:
-        images[identifier] = set(_memory_inodes(data, kind, identifier))
+        images[identifier] = set(_inodes(_memory_files(data, kind, identifier)))
         for inode in images[identifier]:
             owners.setdefault(inode, []).append(identifier)
     weighed = []
@@ -92,7 +95,10 @@ def _weigh(data: DataDirectory, relatives: list[Relative], places: list[_Place])
             weighed.append(relative)
             continue
         shared = {other for inode in images.get(relative.id, ()) for other in owners[inode]}
-        freed = freed_by_deleting(files_in(directory_of(data, relative.kind, relative.id)))
+        files = files_in(directory_of(data, relative.kind, relative.id))
+        # An expanded image goes with the last who maps it.
+        files += [expanded[inode] for inode in {*_inodes(files)} & expanded.keys()]
+        freed = freed_by_deleting(files)
         others = tuple(sorted(shared - {relative.id}))
         weighed.append(replace(relative, exclusive_bytes=freed, shares_memory_with=others))
     return weighed
@@ -105,13 +111,23 @@ def directory_of(data: DataDirectory, kind: RelativeKind, identifier: str) -> Pa
     return data.instance(identifier).directory
 
 
-def _memory_inodes(data: DataDirectory, kind: RelativeKind, identifier: str) -> Iterable[Inode]:
+def _memory_files(data: DataDirectory, kind: RelativeKind, identifier: str) -> Iterable[Path]:
     if kind is RelativeKind.SNAPSHOT:
-        candidates = [data.snapshot(identifier).memory]
+        payload = data.snapshot(identifier)
     else:
-        paths = data.instance(identifier)
-        candidates = [paths.memory, paths.standby.memory]
-    for path in candidates:
+        payload = data.instance(identifier).standby
+        yield data.instance(identifier).memory
+    found = memory_file(payload)
+    if found is not None:
+        path, algorithm = found
+        yield path
+        if algorithm is not None:
+            with contextlib.suppress(DamagedData):
+                yield data.expanded / image_key(payload)
+
+
+def _inodes(paths: Iterable[Path]) -> Iterable[Inode]:
+    for path in paths:
         with contextlib.suppress(OSError):
             status = path.stat(follow_symlinks=False)
             yield status.st_dev, status.st_ino

@@ -28,7 +28,7 @@ from stillframe.model.errors import InvalidRequest
 from stillframe.model.states import InstanceState, Verb, permission
 from stillframe.model.values import Hypervisor, Instance, Snapshot
 from stillframe.store.paths import InstancePaths, Payload
-from stillframe.store.payloads import check, share_memory, without_file
+from stillframe.store.payloads import check, memory_file, share_memory, without_file
 from stillframe.store.records import Intent
 
 
@@ -61,7 +61,12 @@ async def restore_snapshot(
         payload = context.data.snapshot(snapshot_id)
         await asyncio.to_thread(check, payload)
         restored = _restored(context, instance, snapshot, hypervisor)
-        return await _swap(context, instance, restored, payload, target)
+        await context.compressor.cancel(instance_id)
+        with contextlib.ExitStack() as undo:
+            undo.callback(context.compressor.want_standby, instance)
+            result = await _swap(context, instance, restored, payload, target)
+            undo.pop_all()
+        return result
 
 
 def _restored(
@@ -112,6 +117,7 @@ async def _swap(
         result = await _run(context, restored, payload, target, phases)
         undo.pop_all()
     await asyncio.to_thread(remove_tree, previous.directory)
+    context.expanded.sweep()
     return result
 
 
@@ -147,7 +153,7 @@ def put_back(current: InstancePaths, previous: InstancePaths) -> None:
 async def _run(
     context: Context, restored: Instance, payload: Payload, target: InstanceState, phases: Phases
 ) -> Instance:
-    loaded = payload.memory.exists()
+    loaded = memory_file(payload) is not None
     if target is InstanceState.RUNNING and loaded:
         return await run_loaded(
             context,

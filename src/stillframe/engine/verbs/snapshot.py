@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from stillframe.engine.capture import capture, manifest_facts
 from stillframe.engine.context import Context, Phases
+from stillframe.engine.keeping.compression import begun, chosen
 from stillframe.engine.keeping.quota import check_room, expected_bytes
 from stillframe.engine.telemetry import Operation
-from stillframe.engine.verbs.standby import refuse_compression
 from stillframe.host.files import clone, remove_tree, storage_errors
 from stillframe.model.errors import Conflict, InvalidRequest, NameConflict
 from stillframe.model.states import InstanceState, Verb, permission
@@ -38,6 +38,7 @@ async def snapshot(
 ) -> Snapshot:
     """Capture an instance. Data, manifest and record are on disk, in that order, on return.
 
+    Its memory is compressed in the background, as request, instance or server say.
     Raises InvalidRequest, NotFound, Conflict (state, name or quota), StorageFull, VmmFailure; then
     the source is as before and nothing is left.
     """
@@ -46,12 +47,13 @@ async def snapshot(
     tags = check_tags(tags)
     if kind is SnapshotKind.STOPPED and compression is not None and compression.enabled:
         raise InvalidRequest("a Stopped snapshot has no memory to compress")
-    refuse_compression(compression)
     async with context.exclusive(instance_id, "snapshot") as instance:
         verb = Verb.SNAPSHOT_STANDBY if kind is SnapshotKind.STANDBY else Verb.SNAPSHOT_STOPPED
         permission(verb, instance.state, refusal_code="conflict")
         if name is not None and context.records.snapshot_name_taken(instance_id, name):
             raise _name_taken(name)
+        standby = kind is SnapshotKind.STANDBY
+        config = chosen(context, instance, compression) if standby else None
         check_room(context, expected_bytes(context, instance))
         wanted = Snapshot(
             id=context.new_id(),
@@ -66,10 +68,14 @@ async def snapshot(
             parent_snapshot_id=instance.head_snapshot_id or instance.parent_snapshot_id,
             template=instance,
         )
-        return await _take(context, instance, wanted)
+        taken = await _take(context, instance, wanted, config)
+    context.compressor.want_snapshot(taken)
+    return taken
 
 
-async def _take(context: Context, instance: Instance, wanted: Snapshot) -> Snapshot:
+async def _take(
+    context: Context, instance: Instance, wanted: Snapshot, config: CompressionConfig | None
+) -> Snapshot:
     snapshot_id, name = wanted.id, wanted.name
     building, final = context.data.snapshot_new(snapshot_id), context.data.snapshot(snapshot_id)
     phases = Phases()
@@ -81,7 +87,7 @@ async def _take(context: Context, instance: Instance, wanted: Snapshot) -> Snaps
         undo.callback(remove_tree, building.directory)
         with storage_errors("make room for the snapshot"):
             building.directory.mkdir(mode=0o700)
-        size, pause_ms = await _fill(context, instance, building, phases)
+        size, pause_ms = await _fill(context, instance, building, phases, config)
         with phases.measure("publish"), storage_errors("store the snapshot"):
             publish(building, final)
         taken = replace(
@@ -93,6 +99,7 @@ async def _take(context: Context, instance: Instance, wanted: Snapshot) -> Snaps
             timings_ms=phases.total(),
             template=_template(context, instance, wanted.kind),
         )
+        taken = begun(taken, final, config)
         try:
             context.records.put_snapshot(taken, head=True)
         except NameConflict as error:
@@ -109,13 +116,22 @@ async def _take(context: Context, instance: Instance, wanted: Snapshot) -> Snaps
 
 
 async def _fill(
-    context: Context, instance: Instance, payload: Payload, phases: Phases
+    context: Context,
+    instance: Instance,
+    payload: Payload,
+    phases: Phases,
+    config: CompressionConfig | None,
 ) -> tuple[PayloadSize, float | None]:
     """Put the captured state of the instance into ``payload``; its size and the pause in ms."""
     if instance.state is InstanceState.RUNNING:
         live = context.live_instance(instance)
         captured = await capture(context, instance, live, payload, phases)
         return captured.size, captured.pause_ms
+    as_it_is = config is not None and config == instance.standby_compression
+    if instance.state is InstanceState.STANDBY and not as_it_is:
+        # It may be compressed, but not as this one is to be: begin from the raw image.
+        with phases.measure("copy"), storage_errors("copy the instance"):
+            await context.expanded.link(context.data.instance(instance.id).standby, payload.memory)
     return await asyncio.to_thread(_copy_resting, context, instance, payload, phases), None
 
 
@@ -157,6 +173,7 @@ async def delete_snapshot(context: Context, snapshot_id: str) -> None:
     context.snapshot(snapshot_id)
     subject = snapshot_id
     context.records.drop_snapshot(snapshot_id, Intent(subject, "delete snapshot", {}))
+    await context.compressor.cancel(snapshot_id)
     await context.warm.forget(snapshot_id)
     await context.snapshot_unused(snapshot_id)
     await asyncio.to_thread(remove_tree, context.data.snapshot(snapshot_id).directory)

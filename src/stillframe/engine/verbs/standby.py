@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 from datetime import timedelta
 
 from stillframe.engine.capture import capture
 from stillframe.engine.context import Context, Phases, finish
+from stillframe.engine.keeping.compression import chosen, delay_of
 from stillframe.engine.loaded import run_loaded
 from stillframe.engine.machines import end
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import remove_tree, storage_errors
-from stillframe.model.errors import InvalidState, NotSupported
+from stillframe.model.errors import InvalidState
 from stillframe.model.states import InstanceState, Permission, Verb, permission
 from stillframe.model.values import CompressionConfig, Instance
 from stillframe.store.payloads import check, publish
@@ -27,28 +29,28 @@ async def standby(
 ) -> Instance:
     """Capture memory and devices durably, then end the VMM. It runs on if anything fails.
 
-    Raises NotFound, InvalidState, NotSupported, StorageFull, VmmFailure.
+    Its memory is compressed in the background, after the delay, as request, instance or server say.
+    Raises InvalidRequest, NotFound, InvalidState, StorageFull, VmmFailure.
     """
-    refuse_compression(compression)
     async with context.exclusive(instance_id, "standby") as instance:
         if permission(Verb.STANDBY, instance.state) is Permission.NOTHING:
             if compression is not None or compression_delay is not None:
                 raise InvalidState("instance is in Standby already; options cannot be applied")
             return instance
-        return await enter_standby(context, instance)
-
-
-def refuse_compression(compression: CompressionConfig | None) -> None:
-    """Refuse what is not built yet rather than ignore it. Raises NotSupported."""
-    if compression is not None and compression.enabled:
-        raise NotSupported(
-            "compression of snapshots is not available in this version",
-            hint="leave compression out, or set enabled to false",
+        return await enter_standby(
+            context, instance, compression=compression, compression_delay=compression_delay
         )
 
 
-async def enter_standby(context: Context, instance: Instance) -> Instance:
+async def enter_standby(
+    context: Context,
+    instance: Instance,
+    *,
+    compression: CompressionConfig | None = None,
+    compression_delay: timedelta | None = None,
+) -> Instance:
     """Standby of a Running instance whose lock is held."""
+    config, delay = chosen(context, instance, compression), delay_of(instance, compression_delay)
     paths = context.data.instance(instance.id)
     live = context.live_instance(instance)
     phases = Phases()
@@ -63,15 +65,19 @@ async def enter_standby(context: Context, instance: Instance) -> Instance:
             publish(paths.standby_new, paths.standby)
         asleep = context.moved(
             instance, InstanceState.STANDBY, process=None, stopped_at=context.now(),
-            timings_ms=phases.total(),
+            timings_ms=phases.total(), standby_compression=config,
         )  # fmt: skip
+        if config is not None and asleep.stopped_at is not None:
+            asleep = replace(asleep, standby_compression_at=asleep.stopped_at + delay)
         live.ending = True
         undo.callback(setattr, live, "ending", False)
         context.commit(asleep, note="in standby")
         undo.pop_all()
+    context.compressor.want_standby(asleep)
     context.telemetry.observe(Operation.STANDBY, phases.total())
     await finish(end(context, instance.id))
     paths.memory.unlink(missing_ok=True)
+    context.expanded.sweep()
     return asleep
 
 
@@ -85,10 +91,15 @@ async def restore(context: Context, instance_id: str) -> Instance:
             return instance
         paths = context.data.instance(instance_id)
         phases = Phases()
-        with phases.measure("check"):
-            await asyncio.to_thread(check, paths.standby)
-        restored = await run_loaded(
-            context, instance, paths.standby, phases, operation=Operation.RESTORE, note="restored"
-        )
+        await context.compressor.cancel(instance_id)
+        with contextlib.ExitStack() as undo:
+            undo.callback(context.compressor.want_standby, instance)
+            with phases.measure("check"):
+                await asyncio.to_thread(check, paths.standby)
+            restored = await run_loaded(
+                context, instance, paths.standby, phases,
+                operation=Operation.RESTORE, note="restored",
+            )  # fmt: skip
+            undo.pop_all()
         await asyncio.to_thread(remove_tree, paths.standby.directory)
         return restored

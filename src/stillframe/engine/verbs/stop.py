@@ -35,6 +35,7 @@ async def stop(context: Context, instance_id: str) -> Instance:
         )  # fmt: skip
         context.commit(stopped, note="stopped")
         context.data.instance(instance_id).memory.unlink(missing_ok=True)
+        context.expanded.sweep()
         return stopped
 
 
@@ -72,6 +73,7 @@ async def delete(context: Context, instance_id: str, *, graceful: bool = True) -
     Raises NotFound; VmmFailure when its process cannot be ended (then nothing was removed).
     """
     async with context.exclusive(instance_id, "delete") as instance:
+        await context.compressor.cancel(instance_id)
         if graceful and instance.state in (InstanceState.RUNNING, InstanceState.INITIALIZING):
             await shut_down(context, instance, _DELETE_GRACE)
         await end(context, instance_id)

@@ -280,6 +280,7 @@ class WarmForks:
         task = asyncio.create_task(warm.undo.aclose(), name=f"end warm fork {warm.child.id}")
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
+        task.add_done_callback(lambda _: self._context.expanded.sweep())
 
     async def _ended(self) -> None:
         if self._endings:

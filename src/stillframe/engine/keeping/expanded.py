@@ -1,0 +1,189 @@
+"""Memory images expanded from compressed payloads: each once, for all who map it.
+
+An expanded image lies in the data directory under the digest of its content. Who needs it gets a
+hard link of its own, so that all forks of a compressed snapshot share one image, as they do of a
+raw one. The stored payload never changes by it. When the last instance drops its link, the image
+goes; the link count says so, so there is nothing to keep in step and nothing to recover.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from stillframe.engine.context import Context
+from stillframe.host.files import storage_errors
+from stillframe.store import compression
+from stillframe.store.manifest import damaged, file_entries, read_manifest
+from stillframe.store.paths import Payload
+from stillframe.store.payloads import image_key, memory_file
+
+log = logging.getLogger("stillframe.expanded")
+T = TypeVar("T")
+
+
+async def cancellable(
+    work: Callable[[Callable[[], bool]], T], executor: Executor | None = None
+) -> T:
+    """Run blocking ``work`` in a thread. When cancelled, tell it so and wait for its end.
+
+    ``work`` is given what says whether it was cancelled.
+    """
+    stop = threading.Event()
+    task = asyncio.get_running_loop().run_in_executor(executor, work, stop.is_set)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        stop.set()
+        await asyncio.wait([task])
+        raise
+
+
+def link_in_place(source: Path, destination: Path) -> None:
+    """Another name for ``source``, in place of whatever has it now. Raises OSError."""
+    replacement = destination.with_name(f"{destination.name}.new")
+    replacement.unlink(missing_ok=True)
+    replacement.hardlink_to(source)
+    replacement.replace(destination)
+
+
+@dataclass(slots=True, eq=False)
+class _Use:
+    """How many need an image just now, and the one expansion that all of them wait for."""
+
+    users: int = 0
+    making: asyncio.Task[None] | None = None
+
+
+class ExpandedImages:
+    """All expanded images. Used from the event loop's thread only."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._uses: dict[str, _Use] = {}
+        self._known: set[str] = set()
+        self._endings: set[asyncio.Task[None]] = set()
+
+    def open(self) -> None:
+        """Remove what an earlier server left and nobody maps."""
+        for path in self._context.data.expanded.iterdir():
+            if path.name.startswith("."):
+                path.unlink(missing_ok=True)
+            else:
+                self._known.add(path.name)
+        self.sweep()
+
+    async def close(self) -> None:
+        """Wait for what is being removed."""
+        if self._endings:
+            await asyncio.wait(list(self._endings))
+
+    def path(self, key: str) -> Path:
+        """Where the image with that content lies, if it is there."""
+        return self._context.data.expanded / key
+
+    async def link(self, payload: Payload, destination: Path) -> None:
+        """Give the memory image of ``payload`` the further name ``destination``, raw.
+
+        A compressed one is expanded first, unless an expanded one is there.
+        Raises DamagedData, StorageFull, HostFailure, OSError; then nothing is left.
+        """
+        found = memory_file(payload)
+        if found is not None and found[1] is None:
+            try:
+                link_in_place(found[0], destination)
+                return
+            except FileNotFoundError:  # it has been compressed since we looked
+                found = memory_file(payload)
+        if found is None:
+            raise damaged(payload.memory.name, "is missing")
+        async with self._image(payload, found[0]) as image:
+            link_in_place(image, destination)
+
+    def keep(self, key: str) -> None:
+        """Count an image that may have been put here as one of ours, unless nobody maps it."""
+        self._known.add(key)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove every image that nobody maps and nobody is about to map."""
+        for key in [key for key in self._known if key not in self._uses]:
+            path = self.path(key)
+            try:
+                if path.stat().st_nlink > 1:
+                    continue
+                # Large files take a while to go: out of the way first, then out of the loop.
+                going = path.rename(path.with_name(f".{key}.{self._context.new_id()}"))
+            except FileNotFoundError:
+                pass
+            except OSError as error:  # a disk that fails: whoever drops a link is not to suffer
+                log.warning("expanded image %s cannot be removed: %s", key, error)
+                continue
+            else:
+                self._remove(going)
+            self._known.discard(key)
+
+    def _remove(self, path: Path) -> None:
+        task = asyncio.create_task(_unlink(path), name=f"remove {path.name}")
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+
+    @contextlib.asynccontextmanager
+    async def _image(self, payload: Payload, compressed: Path) -> AsyncIterator[Path]:
+        """The expanded image of a payload, kept in place during the block."""
+        key = await asyncio.to_thread(image_key, payload)
+        use = self._uses.setdefault(key, _Use())
+        use.users += 1
+        try:
+            await self._made(use, key, payload, compressed)
+            yield self.path(key)
+        finally:
+            use.users -= 1
+            if not use.users:
+                del self._uses[key]
+                self.sweep()
+
+    async def _made(self, use: _Use, key: str, payload: Payload, compressed: Path) -> None:
+        """Return when the image is there; one makes it and the others wait."""
+        if self.path(key).exists():
+            return
+        if use.making is None:
+            use.making = asyncio.create_task(
+                self._make(key, payload, compressed), name=f"expand {key}"
+            )
+        making = use.making
+        try:
+            await asyncio.shield(making)
+        except BaseException:
+            if making.done() or use.users == 1:  # it failed, or nobody waits for it any more
+                if use.making is making:
+                    use.making = None
+                making.cancel()
+                await asyncio.wait([making])
+            raise
+
+    async def _make(self, key: str, payload: Payload, compressed: Path) -> None:
+        self._known.add(key)
+        image = self.path(key)
+        # Another name each time: one that was called off may still be ending.
+        building = image.with_name(f".{key}.{self._context.new_id()}")
+
+        def work(cancelled: Callable[[], bool]) -> None:
+            entry = file_entries(read_manifest(payload.manifest))[payload.memory.name]
+            done = compression.expand(compressed, building, size=entry.size, cancelled=cancelled)
+            if done is not None:
+                building.rename(image)
+
+        with storage_errors("expand the memory image"):
+            await cancellable(work)
+
+
+async def _unlink(path: Path) -> None:
+    await asyncio.to_thread(path.unlink, missing_ok=True)
