@@ -9,7 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from stillframe.engine.context import Context, LiveInstance, Phases, finish
-from stillframe.engine.machines import attach, check_loadable, end, identify_guest, load
+from stillframe.engine.machines import (
+    attach,
+    check_loadable,
+    clear_remains,
+    end,
+    identify_guest,
+    load,
+)
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import storage_errors
 from stillframe.model.states import InstanceState
@@ -159,7 +166,8 @@ async def _after_greeting(
             instance, InstanceState.STOPPED, process=None, stopped_at=context.now(),
             state_error=reason,
         )  # fmt: skip
-        context.commit(stopped, note=reason)
+        context.witness(stopped, note=reason)
+        clear_remains(context.data.instance(instance_id))
 
 
 def _remember(

@@ -9,6 +9,7 @@ from stillframe.engine.context import Context
 from stillframe.engine.machines import (
     announce_ready,
     attach,
+    clear_remains,
     commit_exit,
     identify_guest,
     resources_of,
@@ -75,6 +76,7 @@ async def _settle(context: Context, instance: Instance) -> None:
     if instance.state is not InstanceState.STANDBY:
         remove_tree(paths.standby.directory)
     if not instance.state.has_vmm:
+        clear_remains(paths)
         return
     try:
         await _adopt(context, instance)

@@ -9,7 +9,7 @@ from datetime import timedelta
 from stillframe.engine.capture import capture
 from stillframe.engine.context import Context, Phases, finish
 from stillframe.engine.loaded import run_loaded
-from stillframe.engine.machines import end
+from stillframe.engine.machines import clear_remains, end
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import remove_tree, storage_errors
 from stillframe.model.errors import InvalidState, NotSupported
@@ -71,7 +71,7 @@ async def enter_standby(context: Context, instance: Instance) -> Instance:
         undo.pop_all()
     context.telemetry.observe(Operation.STANDBY, phases.total())
     await finish(end(context, instance.id))
-    paths.memory.unlink(missing_ok=True)
+    clear_remains(paths)
     return asleep
 
 
