@@ -30,7 +30,7 @@ from crash.injection import Fault  # noqa: E402
 from crash.many import make_many  # noqa: E402
 from crash.random_kills import kill_at_random  # noqa: E402
 from crash.verbs import VERBS  # noqa: E402
-from crash.world import Violation, World  # noqa: E402
+from crash.world import Violation, running_world  # noqa: E402
 
 _DEFAULT_FAULTS = ("KILL", "NO_SPACE", "FULL", "EIO_WRITE", "EIO_FSYNC")
 console = Console(soft_wrap=True, highlight=False)
@@ -91,15 +91,12 @@ def _cell(tally: Tally) -> str:
 def _random(rounds: int, seed: int) -> int:
     console.print(f"seed {seed}")
     with tempfile.TemporaryDirectory(prefix="sfc-") as directory:
-        world = World(Path(directory))
         try:
-            world.start()
-            promised = kill_at_random(world, rounds, seed, console.print)
+            with running_world(Path(directory)) as world:
+                promised = kill_at_random(world, rounds, seed, console.print)
         except Violation as violation:
             console.print(f"FAILED: {violation}")
             return 1
-        finally:
-            world.close()
     console.print(
         f"{rounds} random kills: {promised} snapshots promised, 0 lost, 0 broken; "
         f"slowest start {world.slowest_start:.2f} s"
@@ -110,16 +107,12 @@ def _random(rounds: int, seed: int) -> int:
 def _many() -> None:
     for how_many in (0, 1000, 10_000):
         with tempfile.TemporaryDirectory(prefix="sfc-") as directory:
-            world = World(Path(directory))
             if how_many:
-                make_many(world.data_dir, how_many)
-            try:
-                world.start()
+                make_many(Path(directory) / "data", how_many)
+            with running_world(Path(directory)) as world:
                 began = time.perf_counter()
                 found = world.must("GET", "/snapshots?tags[number]=7")
                 took = (time.perf_counter() - began) * 1000
-            finally:
-                world.close()
         console.print(
             f"{how_many} snapshots: start {world.slowest_start:.2f} s, "
             f"list with a filter {took:.0f} ms ({len(found)} found)"

@@ -14,6 +14,7 @@ from crash.verbs import Stage, Verb
 from crash.world import SLACK, Violation, World
 
 _MAX_POINTS = 5000
+_KILLING = (Fault.KILL, Fault.EIO_FSYNC_KILL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +126,8 @@ def _try_point(bench: Bench, point: Point) -> bool:
 
 def _judge(stage: Stage, point: Point, status: int, *, struck: bool, before: int) -> None:
     world, verb, fault = stage.world, point.verb, point.fault
-    if fault is Fault.KILL and struck:
-        world.restart()
+    if fault in _KILLING and struck:
+        world.restart()  # by then it is dead, or as good as answered
     elif status == 0:
         raise Violation("the server died")
     if not struck and not 200 <= status < 300:

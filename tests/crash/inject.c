@@ -38,8 +38,10 @@ struct plan {
     int32_t error; /* errno, or 0 for SIGKILL */
     uint32_t first;
     uint32_t last;
+    uint32_t deadly; /* so many calls of any kind after the one that failed, one kills; 0: none */
     _Atomic uint32_t calls;
     _Atomic uint32_t fired;
+    _Atomic uint32_t since;
     char only[128]; /* a pattern of fnmatch(3) for call and path; empty: all count */
     char where[232];
 };
@@ -61,12 +63,21 @@ __attribute__((constructor)) static void prepare(void)
         plan = mapped;
 }
 
+static void die(void)
+{
+    kill(getpid(), SIGKILL);
+    for (;;)
+        pause();
+}
+
 /* Count the call; non-zero (with errno set) when it is to fail. */
 static int strike(const char *call, const char *path)
 {
     char where[sizeof plan->where];
     uint32_t number;
 
+    if (plan->deadly && atomic_load(&plan->fired) && atomic_fetch_add(&plan->since, 1) + 1 >= plan->deadly)
+        die();
     snprintf(where, sizeof where, "%s %s", call, path);
     if (plan->only[0] && fnmatch(plan->only, where, 0) != 0)
         return 0;
@@ -75,18 +86,17 @@ static int strike(const char *call, const char *path)
         return 0;
     if (atomic_fetch_add(&plan->fired, 1) == 0)
         memcpy(plan->where, where, sizeof where);
-    if (plan->error == 0) {
-        kill(getpid(), SIGKILL);
-        for (;;)
-            pause();
-    }
+    if (plan->error == 0)
+        die();
     errno = plan->error;
     return 1;
 }
 
 static int counts(int kind)
 {
-    return plan && atomic_load(&plan->armed) && (plan->mask & (uint32_t)kind);
+    if (!plan || !atomic_load(&plan->armed))
+        return 0;
+    return (plan->mask & (uint32_t)kind) || (plan->deadly && atomic_load(&plan->fired));
 }
 
 static int ours(const char *path)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 _ALLOCATES, _WRITES, _SYNCS, _REMOVES, _TALKS = 1, 2, 4, 8, 16
 _FOR_EVER = 0xFFFFFFFF
+_SOON = 7  # calls: amid undoing what was begun
 _SOURCE = Path(__file__).with_name("inject.c")
 
 
@@ -30,6 +31,7 @@ class Fault(StrEnum):
     FULL = "ENOSPC from there on"
     EIO_WRITE = "EIO on write"
     EIO_FSYNC = "EIO on fsync"
+    EIO_FSYNC_KILL = "EIO on fsync, kill -9 soon after"
     READ_ONLY = "EROFS"
     QUOTA = "EDQUOT"
 
@@ -40,6 +42,7 @@ _MASKS = {
     Fault.FULL: _ALLOCATES | _WRITES,
     Fault.EIO_WRITE: _ALLOCATES | _WRITES | _REMOVES,
     Fault.EIO_FSYNC: _SYNCS,
+    Fault.EIO_FSYNC_KILL: _SYNCS,
     Fault.READ_ONLY: _ALLOCATES | _WRITES | _REMOVES,
     Fault.QUOTA: _ALLOCATES | _WRITES,
 }
@@ -49,6 +52,7 @@ _ERRORS = {
     Fault.FULL: errno.ENOSPC,
     Fault.EIO_WRITE: errno.EIO,
     Fault.EIO_FSYNC: errno.EIO,
+    Fault.EIO_FSYNC_KILL: errno.EIO,
     Fault.READ_ONLY: errno.EROFS,
     Fault.QUOTA: errno.EDQUOT,
 }
@@ -63,8 +67,10 @@ class _Plan(ctypes.Structure):
         ("error", ctypes.c_int32),
         ("first", ctypes.c_uint32),
         ("last", ctypes.c_uint32),
+        ("deadly", ctypes.c_uint32),
         ("calls", ctypes.c_uint32),
         ("fired", ctypes.c_uint32),
+        ("since", ctypes.c_uint32),
         ("only", ctypes.c_char * 128),
         ("where", ctypes.c_char * 232),
     )
@@ -104,7 +110,8 @@ class Injector:
         ``only`` is a shell pattern for those that count: what the call is called, and its path.
         """
         last = _FOR_EVER if fault is Fault.FULL else number
-        plan = _Plan(1, _MASKS[fault], _ERRORS[fault], number, last, 0, 0, only.encode())
+        deadly = _SOON if fault is Fault.EIO_FSYNC_KILL else 0
+        plan = _Plan(1, _MASKS[fault], _ERRORS[fault], number, last, deadly, 0, 0, 0, only.encode())
         self._map[: ctypes.sizeof(plan)] = bytes(plan)
 
     def disarm(self) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -101,8 +102,7 @@ def kill_at_random(
         for thread in threads:
             thread.start()
         time.sleep(source.uniform(0.02, 0.8))  # the moment of the kill: any will do
-        assert world.server.process is not None
-        world.server.process.kill()
+        world.server.signal(signal.SIGKILL)
         ended.set()
         for thread in threads:
             thread.join()

@@ -16,6 +16,7 @@ from typing import Any
 from hypeman import Hypeman
 
 from crash.injection import Injector
+from crash.nursery import NurseryServer
 from stillframe.host.orphans import kill_orphans
 from stillframe.model.errors import DamagedData
 from stillframe.store.paths import DataDirectory
@@ -23,7 +24,7 @@ from stillframe.store.payloads import check
 from stillframe.store.verification import Depth
 from support.contract import mint
 from support.payloads import verified
-from support.server import Server, run_in
+from support.server import run_in
 
 SLACK = 1 << 20  # bytes of disk that may differ: journals and logs
 _ENVIRONMENT = {
@@ -44,11 +45,11 @@ class Violation(AssertionError):
 class World:
     """The server, requests to it that a fault may cut off, and the oracle."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, **environment: str) -> None:
         self.data_dir = directory / "data"
         self.injector = Injector(directory, self.data_dir)
-        self.server = Server(
-            self.data_dir, environment={**_ENVIRONMENT, **self.injector.environment}
+        self.server = NurseryServer(
+            self.data_dir, {**_ENVIRONMENT, **self.injector.environment, **environment}
         )
         self.data = DataDirectory(self.data_dir)
         self.slowest_start = 0.0  # seconds
@@ -64,21 +65,22 @@ class World:
         if self._sdk is not None:
             self._sdk.close()
         self._sdk = Hypeman(
-            base_url=self.server.url, api_key=mint(self.server), timeout=60, max_retries=0
+            base_url=self.server.url, api_key=self._token(), timeout=60, max_retries=0
         )
 
     def restart(self) -> None:
         """Start it again after a kill -9, which it may have got already."""
-        assert self.server.process is not None
         self.server.stop(9)
         self.start()
+
+    def _token(self) -> str:
+        return mint(self.data_dir)
 
     def close(self) -> None:
         """End the server and every VM."""
         if self._sdk is not None:
             self._sdk.close()
-        if self.server.process is not None:
-            self.server.stop(9)
+        self.server.close()
         kill_orphans(self.data.instances, ())
         self.injector.close()
 
@@ -87,7 +89,7 @@ class World:
         address = urllib.parse.urlsplit(self.server.url).netloc
         connection = http.client.HTTPConnection(address, timeout=60)
         headers = {
-            "Authorization": f"Bearer {mint(self.server)}",
+            "Authorization": f"Bearer {self._token()}",
             "Content-Type": "application/json",
         }
         text = None if body is None else json.dumps(body)
@@ -199,8 +201,7 @@ class World:
 
     def _deleted_but_open(self) -> Iterator[Any]:
         pids = self.server.vmm_pids()
-        if self.server.process is not None:
-            pids.append(self.server.process.pid)
+        pids.append(self.server.pid)
         for pid in pids:
             with contextlib.suppress(FileNotFoundError):
                 for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -268,3 +269,14 @@ class World:
             raise Violation(
                 f"{what}: left over {sorted(found - wanted)}, missing {sorted(wanted - found)}"
             )
+
+
+@contextlib.contextmanager
+def running_world(directory: Path, **environment: str) -> Iterator[World]:
+    """A world whose server runs; nothing of it is left afterwards."""
+    world = World(directory, **environment)
+    try:
+        world.start()
+        yield world
+    finally:
+        world.close()

@@ -152,11 +152,25 @@ class Records:
             if isinstance(error, sqlite3.IntegrityError):
                 raise NameConflict("the name is already in use") from error
             if isinstance(error, sqlite3.Error):
+                self._supersede()
                 full = "full" in str(error)
                 raise (StorageFull if full else HostFailure)(
                     f"the records could not be written: {error}", hint="check the data directory"
                 ) from error
             raise
+
+    def _supersede(self) -> None:
+        """Overwrite a commit that failed, before anybody acts on its failure.
+
+        When only its fsync failed, it lies complete in the write-ahead log, and whoever opens the
+        database after a crash would take it for done. The next commit is written in its place.
+        """
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute(f"PRAGMA user_version={len(_MIGRATIONS)}")
+            self._connection.execute("COMMIT")
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.execute("ROLLBACK")
 
     def _now_or_later(self, *statements: Statement) -> None:
         """Execute statements that must not fail: if they do now, with the next transaction."""

@@ -16,9 +16,11 @@ from stillframe.engine.machines import (
 )
 from stillframe.engine.verbs.restore_snapshot import put_back
 from stillframe.host.files import remove_tree
-from stillframe.host.orphans import kill_orphans
+from stillframe.host.orphans import kill_orphans, processes_naming
+from stillframe.images.disk import sweep_templates
 from stillframe.model.errors import StillframeError
 from stillframe.model.states import InstanceState
+from stillframe.model.units import is_id
 from stillframe.model.values import Instance
 from stillframe.store.records import Intent
 from stillframe.vmm.driver import MachineStatus
@@ -35,14 +37,32 @@ async def recover(context: Context) -> None:
         for instance in context.records.instances.values()
         if instance.process is not None and instance.id not in context.records.intents
     }
-    for pid in kill_orphans(context.data.instances, expected):
+    for pid in kill_orphans(context.data.instances, expected | _of_damaged(context)):
         log.warning("ended process %d, a VMM that no record knows", pid)
+    await asyncio.to_thread(sweep_templates, context.data.templates)
     for intent in list(context.records.intents.values()):
-        await asyncio.to_thread(_undo_files, context, intent)
+        try:
+            await asyncio.to_thread(_undo_files, context, intent)
+        except OSError as error:  # the others can be had nevertheless
+            log.error("%s of %s cannot be undone yet: %s", intent.verb, intent.subject, error)
+            continue
         _undo_records(context, intent)
     await asyncio.gather(
-        *(_settle(context, instance) for instance in list(context.records.instances.values()))
+        *(
+            _settle(context, instance)
+            for instance in list(context.records.instances.values())
+            if instance.id not in context.records.intents
+        )
     )
+
+
+def _of_damaged(context: Context) -> set[int]:
+    """The VMMs of instances whose record cannot be read: it may be mended, their memory not."""
+    pids: set[int] = set()
+    for table, identifier in context.records.damaged:
+        if table == "instances" and is_id(identifier):
+            pids.update(processes_naming(context.data.instance(identifier).directory))
+    return pids
 
 
 def _undo_files(context: Context, intent: Intent) -> None:
