@@ -22,17 +22,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+from crash.harness import Bench, Tally, open_bench, try_verb
+from crash.injection import Fault
+from crash.many import make_many
+from crash.random_kills import kill_at_random
+from crash.verbs import VERBS
+from crash.world import Violation, running_world
 
-from crash.harness import Bench, Tally, open_bench, try_verb  # noqa: E402
-from crash.injection import Fault  # noqa: E402
-from crash.many import make_many  # noqa: E402
-from crash.random_kills import kill_at_random  # noqa: E402
-from crash.verbs import VERBS  # noqa: E402
-from crash.world import Violation, running_world  # noqa: E402
-
-_DEFAULT_FAULTS = ("KILL", "NO_SPACE", "FULL", "EIO_WRITE", "EIO_FSYNC")
+_DEFAULT_FAULTS = ("KILL", "NO_SPACE", "FULL", "EIO_WRITE", "EIO_FSYNC", "EIO_FSYNC_KILL")
 console = Console(soft_wrap=True, highlight=False)
 
 

@@ -101,7 +101,7 @@ def kill_at_random(
         threads = [threading.Thread(target=load.work, args=(ended,)) for load in loads]
         for thread in threads:
             thread.start()
-        time.sleep(source.uniform(0.02, 0.8))  # the moment of the kill: any will do
+        time.sleep(source.uniform(0.05, 1.5))  # the moment of the kill: any will do
         world.server.signal(signal.SIGKILL)
         ended.set()
         for thread in threads:

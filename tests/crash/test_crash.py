@@ -112,7 +112,7 @@ def test_storage_fails(bench: Bench, fault: Fault) -> None:
 
 
 def test_f42_a_disk_that_will_be_full_is_refused_before_the_pause(tmp_path: Path) -> None:
-    with running_world(tmp_path, STILLFRAME_MIN_FREE="1000000GB") as world:
+    with running_world(tmp_path, STILLFRAME_LIMITS_MIN_FREE="1000000GB") as world:
         source = world.boot("source", "of-source")
         world.injector.arm(Fault.KILL, 1, "send to a VMM")  # a pause would be said to it
         status, answer = world.request(

@@ -91,10 +91,14 @@ def _undo_records(context: Context, intent: Intent) -> None:
 async def _settle(context: Context, instance: Instance) -> None:
     """Adopt the VMM of one instance, or record that it is gone; clear what a crash left."""
     paths = context.data.instance(instance.id)
-    remove_tree(paths.standby_new.directory)
-    remove_tree(context.data.instance_previous(instance.id).directory)
+    leftovers = [paths.standby_new.directory, context.data.instance_previous(instance.id).directory]
     if instance.state is not InstanceState.STANDBY:
-        remove_tree(paths.standby.directory)
+        leftovers.append(paths.standby.directory)
+    for leftover in leftovers:
+        try:
+            remove_tree(leftover)
+        except OSError as error:  # it takes room, and keeps nobody from running
+            log.error("%s cannot be removed: %s", leftover, error)
     if not instance.state.has_vmm:
         clear_remains(paths)
         return

@@ -73,15 +73,14 @@ async def delete(context: Context, instance_id: str, *, graceful: bool = True) -
     HostFailure when its files cannot (then it is Stopped; the next try or start removes it).
     """
     async with context.exclusive(instance_id, "delete") as instance:
-        if instance_id not in context.records.intents:
-            context.records.intend(Intent(instance_id, "delete", {}))
-        try:
+        with contextlib.ExitStack() as undo:
+            if instance_id not in context.records.intents:
+                context.records.intend(Intent(instance_id, "delete", {}))
+                undo.callback(context.records.fulfil, instance_id)
             if graceful and instance.state in (InstanceState.RUNNING, InstanceState.INITIALIZING):
                 await shut_down(context, instance, _DELETE_GRACE)
             await end(context, instance_id)
-        except BaseException:
-            context.records.fulfil(instance_id)
-            raise
+            undo.pop_all()
         await _remove(context, instance)
 
 
