@@ -1,6 +1,6 @@
-# make setup | test | lint | fmt | demo | bench | bench-boot | bench-compression | clean
-#     (ARGS="-k name" goes to pytest)
-.PHONY: bench bench-boot bench-compression setup test lint fmt demo clean
+# make setup | test | lint | fmt | demo | crash | bench | bench-boot | bench-compression | clean
+#     (ARGS="-k name" goes to pytest, ARGS="--random 200" to crash)
+.PHONY: crash bench bench-boot bench-compression setup test lint fmt demo clean
 BIN := .venv/bin
 
 setup:
@@ -27,6 +27,9 @@ bench-boot: setup
 
 bench-compression: setup
 	@$(BIN)/python bench/compression.py $(ARGS)
+
+crash: setup
+	@PYTHONPATH=tests $(BIN)/python -m tools.crash $(ARGS)
 
 demo: setup
 	@$(BIN)/python tools/demo.py $(ARGS)

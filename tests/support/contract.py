@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jwt
@@ -20,9 +21,10 @@ Maker = Callable[..., Instance]
 Refused = Callable[..., APIStatusError]
 
 
-def mint(server: Server, **claims: object) -> str:
-    """A token signed with the server's own secret."""
-    secret = (server.data_dir / "jwt-secret").read_text().strip()
+def mint(server: Server | Path, **claims: object) -> str:
+    """A token signed with the own secret of a server, or of the one on that data directory."""
+    data_dir = server if isinstance(server, Path) else server.data_dir
+    secret = (data_dir / "jwt-secret").read_text().strip()
     now = int(time.time())
     return jwt.encode({"sub": "t", "iat": now, "exp": now + 3600, **claims}, secret)
 

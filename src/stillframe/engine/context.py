@@ -275,6 +275,16 @@ class Context:
         self.announce(instance.id)
         return instance
 
+    def witness(self, instance: Instance, *, note: str) -> None:
+        """``commit`` of what has happened already, which a full disk cannot undo.
+
+        If it cannot be written, it is known to this server, and written with the next commit; the
+        next server would find out by itself.
+        """
+        self.records.put_instance(instance, can_wait=True)
+        self.note(instance.id, note)
+        self.announce(instance.id)
+
     def forget(self, instance_id: str) -> None:
         """Drop the record of an instance and tell whoever waits."""
         self.records.drop_instance(instance_id)

@@ -8,7 +8,14 @@ from dataclasses import replace
 
 from stillframe.engine.context import Context, LiveInstance, Phases, finish
 from stillframe.engine.keeping.expanded import link_in_place
-from stillframe.engine.machines import attach, check_loadable, end, identify_guest, load
+from stillframe.engine.machines import (
+    attach,
+    check_loadable,
+    clear_remains,
+    end,
+    identify_guest,
+    load,
+)
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import storage_errors
 from stillframe.model.errors import GuestFailure, NotFound
@@ -161,7 +168,8 @@ async def _after_greeting(
             instance, InstanceState.STOPPED, process=None, stopped_at=context.now(),
             state_error=reason,
         )  # fmt: skip
-        context.commit(stopped, note=reason)
+        context.witness(stopped, note=reason)
+        clear_remains(context.data.instance(instance_id))
 
 
 def _remember(

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import re
@@ -23,6 +24,7 @@ from stillframe.images.boot import BootPair, write_config_disk
 from stillframe.model.errors import DamagedData, GuestFailure, NotSupported, StillframeError
 from stillframe.model.states import InstanceState
 from stillframe.model.values import Hypervisor, Image, Instance
+from stillframe.store.paths import InstancePaths
 from stillframe.vmm.driver import Disk, Machine, MachineResources, MachineSpec
 
 _NO_KERNEL = BootPair(digest="", kernel=Path("/dev/null"), initrd=Path("/dev/null"), arguments="")
@@ -110,6 +112,7 @@ async def boot(context: Context, instance: Instance, image: Image) -> Machine:
     await asyncio.to_thread(write_config, context, instance, image)
     with storage_errors("make the memory image"):
         paths.memory.unlink(missing_ok=True)
+        paths.memory_table.unlink(missing_ok=True)  # it is of another image
         create_sparse(paths.memory, instance.memory_bytes)
     async with context.starting():
         return await driver.start(spec_of(instance), await resources_of(context, instance))
@@ -238,7 +241,22 @@ def commit_exit(context: Context, instance: Instance) -> Instance:
         instance, InstanceState.STOPPED, process=None, stopped_at=context.now(),
         exit_code=code, exit_message=message,
     )  # fmt: skip
-    return context.commit(stopped, note=f"the VMM ended; exit code {code}")
+    context.witness(stopped, note=f"the VMM ended; exit code {code}")
+    clear_remains(context.data.instance(instance.id))
+    return stopped
+
+
+def clear_remains(paths: InstancePaths) -> None:
+    """Remove what only a running VMM needs: its memory image, sockets, and half-made files.
+
+    What cannot be removed now goes when the next server starts.
+    """
+    with contextlib.suppress(OSError):
+        for path in list(paths.directory.iterdir()):
+            half_made = path.suffix == ".new" and path.is_file()
+            if half_made or path in {paths.memory, paths.memory_table} or path.is_socket():
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 async def _reboot(context: Context, instance: Instance) -> None:

@@ -330,7 +330,11 @@ def allocated_bytes(path: Path) -> int:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory tree; absent is fine. Never follows symbolic links."""
+    """Remove a directory tree; absent is fine. Never follows symbolic links.
+
+    What cannot be removed does not keep the rest, and is tried once more. Raises OSError.
+    """
+    shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(path)
 

@@ -126,6 +126,16 @@ def make_overlay_disk(path: Path, size_bytes: int, templates: Path) -> None:
         clone(template, path)
 
 
+def sweep_templates(templates: Path) -> None:
+    """Remove templates that an interrupted server left half-made; nobody may be making one.
+
+    Raises HostFailure.
+    """
+    with storage_errors("sweep the templates of disks"):
+        for leftover in templates.glob(".overlay-*"):
+            leftover.unlink(missing_ok=True)
+
+
 def _format(path: Path, size: int) -> None:
     path.touch(mode=0o600)
     with ExitStack() as undo:

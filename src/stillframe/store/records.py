@@ -5,13 +5,16 @@ one ``BEGIN IMMEDIATE`` transaction with ``synchronous=FULL`` and happens before
 record that cannot be read is set aside and reported; it never hides the others.
 
 Intents are the journal: a verb of several steps writes one first and removes it with its commit, so
-that what remains after a crash can be undone (``engine/recover.py``).
+that what remains after a crash can be undone (``engine/recover.py``). Taking back what an intent
+announced never fails: what cannot be written is owed, and goes with the next transaction. Until
+then the intent stands for it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sqlite3
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +29,12 @@ from stillframe.model.schedules import Schedule
 from stillframe.model.values import Image, Instance, Snapshot
 
 T = TypeVar("T")
+Statement = tuple[str, tuple[str, ...]]
+_PUT_INSTANCE = (
+    "INSERT INTO instances (id, name, document) VALUES (?, ?, ?) "
+    "ON CONFLICT (id) DO UPDATE SET name = excluded.name, document = excluded.document"
+)
+log = logging.getLogger("stillframe.records")
 
 _MIGRATIONS = (
     """
@@ -87,6 +96,7 @@ class Records:
         self._connection = sqlite3.connect(database, isolation_level=None, timeout=10)
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
+        self._owed: list[Statement] = []
         self._migrate()
         self.damaged: list[tuple[str, str]] = []  # (table, id) of unreadable records
         self.instances = self._load("instances", Instance)
@@ -131,19 +141,46 @@ class Records:
         """One durable transaction. Raises StorageFull or HostFailure, having changed nothing."""
         try:
             self._connection.execute("BEGIN IMMEDIATE")
+            for statement in self._owed:
+                self._connection.execute(*statement)
             yield self._connection
             self._connection.execute("COMMIT")
+            self._owed.clear()
         except BaseException as error:
             with contextlib.suppress(sqlite3.Error):
                 self._connection.execute("ROLLBACK")
             if isinstance(error, sqlite3.IntegrityError):
                 raise NameConflict("the name is already in use") from error
             if isinstance(error, sqlite3.Error):
+                self._supersede()
                 full = "full" in str(error)
                 raise (StorageFull if full else HostFailure)(
                     f"the records could not be written: {error}", hint="check the data directory"
                 ) from error
             raise
+
+    def _supersede(self) -> None:
+        """Overwrite a commit that failed, before anybody acts on its failure.
+
+        When only its fsync failed, it lies complete in the write-ahead log, and whoever opens the
+        database after a crash would take it for done. The next commit is written in its place.
+        """
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute(f"PRAGMA user_version={len(_MIGRATIONS)}")
+            self._connection.execute("COMMIT")
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.execute("ROLLBACK")
+
+    def _now_or_later(self, *statements: Statement) -> None:
+        """Execute statements that must not fail: if they do now, with the next transaction."""
+        try:
+            with self.transaction() as sql:
+                for statement in statements:
+                    sql.execute(*statement)
+        except HostFailure as error:
+            log.warning("%s; it is tried again with the next change", error)
+            self._owed.extend(statements)
 
     # -- instances ----------------------------------------------------------------------------
     def instance_by_name(self, name: str) -> Instance | None:
@@ -151,19 +188,22 @@ class Records:
         identifier = self._names.get(name)
         return self.instances.get(identifier) if identifier else None
 
-    def put_instance(self, instance: Instance, *, fulfils: str | None = None) -> None:
+    def put_instance(
+        self, instance: Instance, *, fulfils: str | None = None, can_wait: bool = False
+    ) -> None:
         """Write an instance durably, removing the intent of subject ``fulfils`` with it.
 
-        Raises NameConflict when another instance has the name.
+        With ``can_wait`` it is written later if it cannot be now. Raises NameConflict when another
+        instance has the name.
         """
-        with self.transaction() as sql:
-            sql.execute(
-                "INSERT INTO instances (id, name, document) VALUES (?, ?, ?) "
-                "ON CONFLICT (id) DO UPDATE SET name = excluded.name, document = excluded.document",
-                (instance.id, instance.name, to_json(instance)),
-            )
-            if fulfils is not None:
-                sql.execute("DELETE FROM intents WHERE subject = ?", (fulfils,))
+        put = (_PUT_INSTANCE, (instance.id, instance.name, to_json(instance)))
+        if can_wait:
+            self._now_or_later(put)
+        else:
+            with self.transaction() as sql:
+                sql.execute(*put)
+                if fulfils is not None:
+                    sql.execute("DELETE FROM intents WHERE subject = ?", (fulfils,))
         self.instances[instance.id] = instance
         self._names[instance.name] = instance.id
         if fulfils is not None:
@@ -183,9 +223,10 @@ class Records:
 
     def drop_instance(self, instance_id: str) -> None:
         """Forget an instance and its intent; unknown ids are fine."""
-        with self.transaction() as sql:
-            sql.execute("DELETE FROM instances WHERE id = ?", (instance_id,))
-            sql.execute("DELETE FROM intents WHERE subject = ?", (instance_id,))
+        self._now_or_later(
+            ("DELETE FROM instances WHERE id = ?", (instance_id,)),
+            ("DELETE FROM intents WHERE subject = ?", (instance_id,)),
+        )
         gone = self.instances.pop(instance_id, None)
         self.intents.pop(instance_id, None)
         if gone is not None and self._names.get(gone.name) == instance_id:
@@ -325,8 +366,7 @@ class Records:
     def fulfil(self, subject: str) -> None:
         """Remove an intent: its verb is done or undone."""
         if subject in self.intents:
-            with self.transaction() as sql:
-                sql.execute("DELETE FROM intents WHERE subject = ?", (subject,))
+            self._now_or_later(("DELETE FROM intents WHERE subject = ?", (subject,)))
             del self.intents[subject]
 
     @staticmethod

@@ -60,7 +60,9 @@ def chosen(
     """
     policy = instance.snapshot_policy
     for config in (
-        requested, policy and policy.compression, context.settings.default_compression,
+        requested,
+        policy.compression if policy else None,
+        context.settings.default_compression,
     ):  # fmt: skip
         if config is not None:
             return CompressionConfig(True, *effective(config)) if config.enabled else None
@@ -73,7 +75,9 @@ def delay_of(instance: Instance, requested: timedelta | None) -> timedelta:
     Raises InvalidRequest (``invalid_compression_delay``).
     """
     policy = instance.snapshot_policy
-    delay = requested if requested is not None else policy and policy.standby_compression_delay
+    delay = requested
+    if delay is None and policy is not None:
+        delay = policy.standby_compression_delay
     if delay is not None and delay < timedelta(0):
         raise InvalidRequest("the delay is negative", code="invalid_compression_delay")
     return delay or timedelta(0)

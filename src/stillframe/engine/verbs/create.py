@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stillframe.engine.context import Context, Phases
 from stillframe.engine.interface import CreateRequest
-from stillframe.engine.machines import boot_and_commit
+from stillframe.engine.machines import boot_and_commit, clear_remains
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import available_bytes, remove_tree, storage_errors
 from stillframe.images.disk import make_overlay_disk
@@ -201,5 +201,5 @@ async def start(
         try:
             return await boot_and_commit(context, wanted, note="started")
         except StillframeError:
-            context.data.instance(instance_id).memory.unlink(missing_ok=True)
+            clear_remains(context.data.instance(instance_id))
             raise

@@ -9,15 +9,18 @@ from stillframe.engine.context import Context
 from stillframe.engine.machines import (
     announce_ready,
     attach,
+    clear_remains,
     commit_exit,
     identify_guest,
     resources_of,
 )
 from stillframe.engine.verbs.restore_snapshot import put_back
 from stillframe.host.files import remove_tree
-from stillframe.host.orphans import kill_orphans
+from stillframe.host.orphans import kill_orphans, processes_naming
+from stillframe.images.disk import sweep_templates
 from stillframe.model.errors import StillframeError
 from stillframe.model.states import InstanceState
+from stillframe.model.units import is_id
 from stillframe.model.values import Instance
 from stillframe.store.records import Intent
 from stillframe.vmm.driver import MachineStatus
@@ -34,14 +37,32 @@ async def recover(context: Context) -> None:
         for instance in context.records.instances.values()
         if instance.process is not None and instance.id not in context.records.intents
     }
-    for pid in kill_orphans(context.data.instances, expected):
+    for pid in kill_orphans(context.data.instances, expected | _of_damaged(context)):
         log.warning("ended process %d, a VMM that no record knows", pid)
+    await asyncio.to_thread(sweep_templates, context.data.templates)
     for intent in list(context.records.intents.values()):
-        await asyncio.to_thread(_undo_files, context, intent)
+        try:
+            await asyncio.to_thread(_undo_files, context, intent)
+        except OSError as error:  # the others can be had nevertheless
+            log.error("%s of %s cannot be undone yet: %s", intent.verb, intent.subject, error)
+            continue
         _undo_records(context, intent)
     await asyncio.gather(
-        *(_settle(context, instance) for instance in list(context.records.instances.values()))
+        *(
+            _settle(context, instance)
+            for instance in list(context.records.instances.values())
+            if instance.id not in context.records.intents
+        )
     )
+
+
+def _of_damaged(context: Context) -> set[int]:
+    """The VMMs of instances whose record cannot be read: it may be mended, their memory not."""
+    pids: set[int] = set()
+    for table, identifier in context.records.damaged:
+        if table == "instances" and is_id(identifier):
+            pids.update(processes_naming(context.data.instance(identifier).directory))
+    return pids
 
 
 def _undo_files(context: Context, intent: Intent) -> None:
@@ -70,11 +91,16 @@ def _undo_records(context: Context, intent: Intent) -> None:
 async def _settle(context: Context, instance: Instance) -> None:
     """Adopt the VMM of one instance, or record that it is gone; clear what a crash left."""
     paths = context.data.instance(instance.id)
-    remove_tree(paths.standby_new.directory)
-    remove_tree(context.data.instance_previous(instance.id).directory)
+    leftovers = [paths.standby_new.directory, context.data.instance_previous(instance.id).directory]
     if instance.state is not InstanceState.STANDBY:
-        remove_tree(paths.standby.directory)
+        leftovers.append(paths.standby.directory)
+    for leftover in leftovers:
+        try:
+            remove_tree(leftover)
+        except OSError as error:  # it takes room, and keeps nobody from running
+            log.error("%s cannot be removed: %s", leftover, error)
     if not instance.state.has_vmm:
+        clear_remains(paths)
         return
     try:
         await _adopt(context, instance)

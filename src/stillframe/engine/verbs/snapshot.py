@@ -168,7 +168,7 @@ def _name_taken(name: str) -> Conflict:
 async def delete_snapshot(context: Context, snapshot_id: str) -> None:
     """Delete a snapshot. Forks go on: they hold the memory image by a link of their own.
 
-    Raises NotFound.
+    Raises NotFound; HostFailure when files of it cannot be removed (it is deleted all the same).
     """
     context.snapshot(snapshot_id)
     subject = snapshot_id
@@ -176,5 +176,6 @@ async def delete_snapshot(context: Context, snapshot_id: str) -> None:
     await context.compressor.cancel(snapshot_id)
     await context.warm.forget(snapshot_id)
     await context.snapshot_unused(snapshot_id)
-    await asyncio.to_thread(remove_tree, context.data.snapshot(snapshot_id).directory)
+    with storage_errors("remove the files of the snapshot; the next start will"):
+        await asyncio.to_thread(remove_tree, context.data.snapshot(snapshot_id).directory)
     context.records.fulfil(subject)

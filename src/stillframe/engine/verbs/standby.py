@@ -11,7 +11,7 @@ from stillframe.engine.capture import capture
 from stillframe.engine.context import Context, Phases, finish
 from stillframe.engine.keeping.compression import chosen, delay_of
 from stillframe.engine.loaded import run_loaded
-from stillframe.engine.machines import end
+from stillframe.engine.machines import clear_remains, end
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import remove_tree, storage_errors
 from stillframe.model.errors import InvalidState
@@ -76,7 +76,7 @@ async def enter_standby(
     context.compressor.want_standby(asleep)
     context.telemetry.observe(Operation.STANDBY, phases.total())
     await finish(end(context, instance.id))
-    paths.memory.unlink(missing_ok=True)
+    clear_remains(paths)
     context.expanded.sweep()
     return asleep
 

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 
 from stillframe.engine.context import Context, LiveInstance
-from stillframe.engine.machines import dial, end, exit_of
+from stillframe.engine.machines import clear_remains, dial, end, exit_of
 from stillframe.guest.identity import shutdown
-from stillframe.host.files import remove_tree
-from stillframe.model.errors import NotFound, StillframeError
+from stillframe.host.files import remove_tree, storage_errors
+from stillframe.model.errors import HostFailure, StillframeError
 from stillframe.model.states import InstanceState, Permission, Verb, permission
 from stillframe.model.values import Instance
 from stillframe.store.records import Intent
@@ -33,8 +33,8 @@ async def stop(context: Context, instance_id: str) -> Instance:
             instance, InstanceState.STOPPED, process=None, stopped_at=context.now(),
             exit_code=code, exit_message=message,
         )  # fmt: skip
-        context.commit(stopped, note="stopped")
-        context.data.instance(instance_id).memory.unlink(missing_ok=True)
+        context.witness(stopped, note="stopped")
+        clear_remains(context.data.instance(instance_id))
         context.expanded.sweep()
         return stopped
 
@@ -70,16 +70,31 @@ async def _ask(context: Context, instance: Instance, live: LiveInstance, grace: 
 async def delete(context: Context, instance_id: str, *, graceful: bool = True) -> None:
     """End the instance and remove all of it; snapshots stay.
 
-    Raises NotFound; VmmFailure when its process cannot be ended (then nothing was removed).
+    Raises NotFound; VmmFailure when its process cannot be ended (then nothing was removed);
+    HostFailure when its files cannot (then it is Stopped; the next try or start removes it).
     """
     async with context.exclusive(instance_id, "delete") as instance:
         await context.compressor.cancel(instance_id)
-        if graceful and instance.state in (InstanceState.RUNNING, InstanceState.INITIALIZING):
-            await shut_down(context, instance, _DELETE_GRACE)
-        await end(context, instance_id)
-        with contextlib.suppress(NotFound):
+        with contextlib.ExitStack() as undo:
             if instance_id not in context.records.intents:
                 context.records.intend(Intent(instance_id, "delete", {}))
-        directory = context.data.instance(instance_id).directory
-        await asyncio.to_thread(remove_tree, directory)
-        context.forget(instance_id)
+                undo.callback(context.records.fulfil, instance_id)
+            if graceful and instance.state in (InstanceState.RUNNING, InstanceState.INITIALIZING):
+                await shut_down(context, instance, _DELETE_GRACE)
+            await end(context, instance_id)
+            undo.pop_all()
+        await _remove(context, instance)
+
+
+async def _remove(context: Context, instance: Instance) -> None:
+    """Remove the files, then the record, of an instance without a VMM."""
+    directory = context.data.instance(instance.id).directory
+    try:
+        with storage_errors("remove the files of the instance"):
+            await asyncio.to_thread(remove_tree, directory)
+    except HostFailure:  # the intent stays: what is left goes with the next try or start
+        reason = "it could not be deleted completely; delete it again"
+        stopped = context.moved(instance, InstanceState.STOPPED, process=None, state_error=reason)
+        context.witness(stopped, note=reason)
+        raise
+    context.forget(instance.id)

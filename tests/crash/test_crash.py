@@ -1,0 +1,155 @@
+"""A sample of the crash harness, and the faults of the catalogue, each by its id.
+
+`make crash` tries every call of every verb; here is the place that each id names.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from crash.harness import Bench, open_bench, try_verb
+from crash.injection import Fault
+from crash.many import make_many
+from crash.random_kills import kill_at_random
+from crash.verbs import VERBS, Verb
+from crash.world import running_world
+
+VERB = {verb.name: verb for verb in VERBS}
+SNAPSHOT, FORK, PLACE = "snapshot of Running", "fork to Running", "restore in place to Running"
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    with open_bench() as opened:
+        yield opened
+
+
+# Where the server is killed: the verb, the call as inject.c names it, and which of those.
+KILLS = {
+    "F01 before the name is reserved": (SNAPSHOT, "pwrite64 *.db-wal", 1),
+    "F02 after the reservation": (SNAPSHOT, "mkdir */snapshots/.*.new", 1),
+    "F03 after the pause": (SNAPSHOT, "send to a VMM", 2),
+    "F04 after the device state": (SNAPSHOT, "create */snapshots/.*.new/overlay.raw", 1),
+    "F05 while memory is written": (SNAPSHOT, "* */snapshots/.*.new/memory", 3),
+    "F06 after memory, before its digests": (SNAPSHOT, "create */memory.blake3", 1),
+    "F07 between two files": (SNAPSHOT, "create */overlay.raw.blake3", 1),
+    "F08 before the manifest": (SNAPSHOT, "create */.manifest.json.new", 1),
+    "F09 before the rename": (SNAPSHOT, "rename */snapshots/[!.]*[!n]", 1),
+    "F10 before the directory is durable": (SNAPSHOT, "fsync */data/snapshots", 1),
+    "F11 before the source is resumed": (SNAPSHOT, "send to a VMM", 3),
+    "F12 before the answer": (SNAPSHOT, "send to a client", 1),
+    "F16 before the disk of a fork": (FORK, "create */overlay.raw", 1),
+    "F17 after the VMM was started": (FORK, "connect to a VMM", 1),
+    "F18 after the record, before the first step": (FORK, "send to a VMM", 2),
+    "F19 after the old state was set aside": (PLACE, "fsync */data/instances", 1),
+    "F20 after the swap": (PLACE, "connect to a VMM", 1),
+    "F21 delete: before the first file": ("delete snapshot", "unlink */snapshots/*", 1),
+    "F22 delete: between files": ("delete snapshot", "unlink */snapshots/*", 3),
+    "F22 delete instance: between files": ("delete instance", "unlink */instances/*", 3),
+    "F23 between create and prune": ("scheduled run", "unlink */snapshots/*", 1),
+}
+
+
+@pytest.mark.parametrize(("verb", "only", "number"), KILLS.values(), ids=list(KILLS))
+def test_kill_at(bench: Bench, verb: str, only: str, number: int) -> None:
+    tally = try_verb(bench, VERB[verb], Fault.KILL, points=[number], only=only)
+    assert tally.failures == []
+    assert tally.points == 1, f"{verb} makes no such call: {only}"
+
+
+def test_kill_at_f24_during_recovery_itself(bench: Bench) -> None:
+    stage = bench.stage()
+    world, stage.name = stage.world, bench.fresh_name()
+    world.injector.arm(Fault.KILL, 1, "connect to a VMM")
+    assert VERB[FORK].request(stage)[0] == 0
+    for call in ("unlink */instances/*", "rmdir */instances/*", "pwrite64 *.db-wal"):
+        world.injector.arm(Fault.KILL, 1, call)
+        with pytest.raises(AssertionError):  # no ready line
+            world.restart()
+        assert world.injector.disarm().struck, call
+    world.restart()
+    world.check_everything()
+    stage.check()
+    assert world.instance(stage.name) is None
+    assert VERB[FORK].request(stage)[0] == 201
+    world.delete(stage.name)
+
+
+def test_f39_a_reboot_of_the_host(bench: Bench) -> None:
+    world, stage = bench.stage().world, bench.stage()
+    world.server.stop(signal.SIGKILL)
+    for pid in world.server.vmm_pids():
+        os.kill(pid, signal.SIGKILL)
+    world.restart()
+    world.expect(stage.source, "Stopped")
+    world.check_everything()
+    world.must("POST", f"/instances/{stage.asleep}/restore")
+    world.expect(stage.asleep, "Running", "of-asleep")
+    bench.spoiled()
+
+
+STORAGE = {
+    "F41 ENOSPC": Fault.NO_SPACE,
+    "F41 a disk that stays full": Fault.FULL,
+    "F43 EDQUOT": Fault.QUOTA,
+    "F43 EROFS": Fault.READ_ONLY,
+    "F43 EIO at write": Fault.EIO_WRITE,
+    "F44 EIO at fsync": Fault.EIO_FSYNC,
+}
+
+
+@pytest.mark.parametrize("fault", STORAGE.values(), ids=list(STORAGE))
+def test_storage_fails(bench: Bench, fault: Fault) -> None:
+    for verb in (SNAPSHOT, "create", FORK, "standby", PLACE):
+        tally = try_verb(bench, VERB[verb], fault, points=[2, 7])
+        assert tally.failures == []
+        assert tally.points
+
+
+def test_f42_a_disk_that_will_be_full_is_refused_before_the_pause(tmp_path: Path) -> None:
+    with running_world(tmp_path, STILLFRAME_LIMITS_MIN_FREE="1000000GB") as world:
+        source = world.boot("source", "of-source")
+        world.injector.arm(Fault.KILL, 1, "send to a VMM")  # a pause would be said to it
+        status, answer = world.request(
+            "POST", f"/instances/{source}/snapshots", {"kind": "Standby", "name": "wanted"}
+        )
+        assert not world.injector.disarm().struck
+        assert (status, answer["code"]) == (507, "storage_full")
+        world.expect(source, "Running", "of-source")
+        world.check_everything()
+
+
+def test_f44_a_commit_whose_fsync_failed_is_not_found_done_after_a_crash(bench: Bench) -> None:
+    tally = try_verb(
+        bench, VERB[SNAPSHOT], Fault.EIO_FSYNC_KILL, points=[1, 2], only="f*sync *.db-wal"
+    )
+    assert tally.failures == []
+    assert tally.points == 2
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=[verb.name for verb in VERBS])
+def test_every_verb_survives_a_kill_in_its_middle(bench: Bench, verb: Verb) -> None:
+    tally = try_verb(bench, verb, Fault.KILL, points=[17])
+    assert tally.failures == []
+    assert tally.points == 1
+
+
+def test_kills_at_random_lose_nothing(tmp_path: Path) -> None:
+    with running_world(tmp_path) as world:
+        assert kill_at_random(world, 3, seed=1) > 0
+
+
+def test_a_thousand_snapshots_do_not_hold_up_a_start(tmp_path: Path) -> None:
+    make_many(tmp_path / "data", 1000)
+    with running_world(tmp_path) as world:
+        assert len(world.must("GET", "/snapshots")) == 1000
+        first = world.slowest_start  # this one loaded the program, too
+        world.restart()
+        assert first < 5  # seconds, what is promised
+        (found,) = world.must("GET", "/snapshots?tags[number]=7")
+        assert found["name"] == "snapshot-7"

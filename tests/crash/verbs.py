@@ -1,0 +1,371 @@
+"""The verbs that are tried under faults: what each needs, asks for, and may leave behind.
+
+A new verb is a new ``Verb`` in ``VERBS``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from crash.world import Violation, World
+
+Answer = tuple[int, Any]
+LIVE, DISK = "base-live", "base-disk"
+_DEADLINE = 60.0
+
+
+@dataclass(slots=True)
+class Stage:
+    """The instances and snapshots that are always there, with the nonces in their memory."""
+
+    world: World
+    source: str = ""
+    asleep: str = ""
+    off: str = ""
+    live: str = ""
+    disk: str = ""
+    name: str = ""  # of what the verb makes or works on
+    subject: str = ""  # its id, where ``prepare`` has made it
+    facts: dict[str, str] = field(default_factory=dict)
+
+    def build(self) -> None:
+        """Make them."""
+        world = self.world
+        self.source = world.boot("source", "of-source")
+        self.asleep = world.boot("asleep", "of-asleep")
+        world.must("POST", f"/instances/{self.asleep}/standby")
+        self.off = world.boot("off", "of-off")
+        world.must("POST", f"/instances/{self.off}/stop")
+        self.live = self.snapshot(self.source, "Standby", LIVE)
+        self.disk = self.snapshot(self.off, "Stopped", DISK)
+
+    def snapshot(self, source: str, kind: str, name: str) -> str:
+        """Take a snapshot; its id."""
+        body = {"kind": kind, "name": name}
+        made: str = self.world.must("POST", f"/instances/{source}/snapshots", body)["id"]
+        return made
+
+    def check(self) -> None:
+        """All of them are as they were, and the source goes on."""
+        self.world.expect(self.source, "Running", "of-source")
+        self.world.expect(self.asleep, "Standby")
+        self.world.expect(self.off, "Stopped")
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One request. Every function is given the stage.
+
+    ``prepare`` makes what it needs; ``request`` sends it, and may be cut off. ``complete`` says
+    whether it has happened, raising Violation for anything between yes and no; where it has not,
+    it is asked for again. ``cleanup`` removes all that the others made. With ``background`` the
+    server may go on by itself afterwards, and is given time.
+    """
+
+    name: str
+    request: Callable[[Stage], Answer]
+    complete: Callable[[Stage], bool]
+    prepare: Callable[[Stage], None] = lambda _: None
+    cleanup: Callable[[Stage], None] = lambda _: None
+    background: bool = False
+
+
+# -- create, start, stop, delete ------------------------------------------------------------------
+def _create(stage: Stage) -> Answer:
+    body = {"name": stage.name, "image": "stillframe/base", "size": "64MB",
+            "overlay_size": "16MB", "vcpus": 1}  # fmt: skip
+    return stage.world.request("POST", "/instances", body)
+
+
+def _created(stage: Stage) -> bool:
+    if (made := stage.world.instance(stage.name)) is None:
+        return False
+    stage.world.reach(made["id"], "Running")
+    return True
+
+
+def _delete_named(stage: Stage) -> None:
+    stage.world.delete(stage.name)
+
+
+def _state_of(stage: Stage, identifier: str) -> str:
+    return str(stage.world.must("GET", f"/instances/{identifier}")["state"])
+
+
+def _started(stage: Stage) -> bool:
+    if _state_of(stage, stage.subject) == "Stopped":
+        return False
+    stage.world.reach(stage.subject, "Running")
+    return True
+
+
+def _stopped_subject(stage: Stage) -> None:
+    body = {"name": stage.name, "target_state": "Stopped"}
+    made = stage.world.must("POST", f"/snapshots/{stage.disk}/fork", body)
+    stage.subject = made["id"]
+
+
+def _boot_subject(stage: Stage) -> None:
+    stage.subject = stage.world.boot(stage.name, "of-subject")
+
+
+def _fork_subject(stage: Stage) -> None:
+    stage.subject = stage.world.must(
+        "POST", f"/snapshots/{stage.live}/fork", {"name": stage.name, "target_state": "Running"}
+    )["id"]
+    stage.world.remember(stage.subject, "of-subject")
+
+
+def _stopped(stage: Stage) -> bool:
+    state = _state_of(stage, stage.subject)
+    if state == "Running":
+        stage.world.expect_running(stage.subject, "of-subject")
+    elif state != "Stopped":
+        raise Violation(f"the instance is {state}")
+    return state == "Stopped"
+
+
+def _deleted(stage: Stage) -> bool:
+    if stage.world.instance(stage.name) is None:
+        return True
+    stage.world.expect(stage.subject, "Running", "of-subject")
+    return False
+
+
+# -- snapshots ------------------------------------------------------------------------------------
+def _snapshot_of(source: str, kind: str) -> Callable[[Stage], Answer]:
+    def request(stage: Stage) -> Answer:
+        body = {"kind": kind, "name": stage.name}
+        return stage.world.request("POST", f"/instances/{getattr(stage, source)}/snapshots", body)
+
+    return request
+
+
+def _taken(stage: Stage) -> bool:
+    made = stage.world.snapshot_named(stage.name)
+    if made is not None:
+        stage.world.check_snapshot(made["id"])
+    return made is not None
+
+
+def _delete_snapshot_named(stage: Stage) -> None:
+    stage.world.delete_snapshot(stage.name)
+
+
+def _take_subject(stage: Stage) -> None:
+    stage.subject = stage.snapshot(stage.source, "Standby", stage.name)
+
+
+def _delete_subject_snapshot(stage: Stage) -> Answer:
+    return stage.world.request("DELETE", f"/snapshots/{stage.subject}")
+
+
+def _snapshot_gone(stage: Stage) -> bool:
+    return not _taken(stage)
+
+
+# -- forks ----------------------------------------------------------------------------------------
+def _fork_of(snapshot: str, target: str) -> Callable[[Stage], Answer]:
+    def request(stage: Stage) -> Answer:
+        path = f"/snapshots/{getattr(stage, snapshot)}/fork"
+        return stage.world.request("POST", path, {"name": stage.name, "target_state": target})
+
+    return request
+
+
+def _forked(target: str) -> Callable[[Stage], bool]:
+    def complete(stage: Stage) -> bool:
+        if (made := stage.world.instance(stage.name)) is None:
+            return False
+        stage.world.expect(made["id"], target, "of-source")
+        return True
+
+    return complete
+
+
+def _fork_live(stage: Stage) -> Answer:
+    body = {"name": stage.name, "from_running": True, "target_state": "Running"}
+    return stage.world.request("POST", f"/instances/{stage.source}/fork", body)
+
+
+def _set_warm(stage: Stage, count: int) -> Answer:
+    return stage.world.request("PUT", f"/snapshots/{stage.live}/warm", {"count": count})
+
+
+def _warm(stage: Stage) -> Answer:
+    """Ask for a warm fork and wait until it is there, or the server is not."""
+    answer, deadline = _set_warm(stage, 1), time.monotonic() + _DEADLINE
+    while answer[0] == 200 and not answer[1]["ready"] and not answer[1].get("limited_by"):
+        if time.monotonic() > deadline:
+            raise Violation(f"no fork gets warm: {answer[1]}")
+        time.sleep(0.01)
+        answer = stage.world.request("GET", f"/snapshots/{stage.live}/warm")
+    if answer[0] == 200 and not answer[1]["ready"]:
+        return 500, answer[1]
+    return answer
+
+
+def _is_warm(stage: Stage) -> bool:
+    status = stage.world.must("GET", f"/snapshots/{stage.live}/warm")
+    if status["target"] == 0 or status.get("limited_by"):
+        return False
+    return _warm(stage)[0] == 200
+
+
+def _cool(stage: Stage) -> None:
+    if _set_warm(stage, 0)[0] != 200:
+        raise Violation("warm forks cannot be ended")
+
+
+# -- standby and restore --------------------------------------------------------------------------
+def _asleep(stage: Stage) -> bool:
+    state = _state_of(stage, stage.subject)
+    if state == "Running":
+        stage.world.expect_running(stage.subject, "of-subject")
+        return False
+    stage.world.expect(stage.subject, "Standby")
+    return True
+
+
+def _restore_and_delete(stage: Stage) -> None:
+    """The memory that went to disk comes back."""
+    stage.world.must("POST", f"/instances/{stage.subject}/restore")
+    stage.world.expect(stage.subject, "Running", "of-subject")
+    stage.world.delete(stage.name)
+
+
+def _sleeping_subject(stage: Stage) -> None:
+    _fork_subject(stage)
+    stage.world.must("POST", f"/instances/{stage.subject}/standby")
+
+
+def _awake(stage: Stage) -> bool:
+    return not _asleep(stage)
+
+
+def _subject_with_past(stage: Stage) -> None:
+    """An instance in Standby, and a snapshot of its past."""
+    _fork_subject(stage)
+    stage.world.remember(stage.subject, "of-past")
+    stage.facts["snapshot"] = stage.snapshot(stage.subject, "Standby", stage.name)
+    stage.world.remember(stage.subject, "of-subject")
+    stage.world.must("POST", f"/instances/{stage.subject}/standby")
+
+
+def _restore_to(target: str) -> Callable[[Stage], Answer]:
+    def request(stage: Stage) -> Answer:
+        path = f"/instances/{stage.subject}/snapshots/{stage.facts['snapshot']}/restore"
+        return stage.world.request("POST", path, {"target_state": target})
+
+    return request
+
+
+def _restored_in_place(stage: Stage) -> bool:
+    state = _state_of(stage, stage.subject)
+    if state == "Running":
+        stage.world.expect_running(stage.subject, "of-past")
+        return True
+    stage.world.expect(stage.subject, "Standby")
+    return False
+
+
+def _stopped_in_place(stage: Stage) -> bool:
+    state = _state_of(stage, stage.subject)
+    if state != "Stopped":
+        stage.world.expect(stage.subject, "Standby")
+    return state == "Stopped"
+
+
+def _delete_both(stage: Stage) -> None:
+    _delete_named(stage)
+    _delete_snapshot_named(stage)
+
+
+# -- schedules ------------------------------------------------------------------------------------
+def _schedule(stage: Stage) -> None:
+    """A schedule that keeps one snapshot, and has one that the next run is to delete."""
+    _fork_subject(stage)
+    path = f"/instances/{stage.subject}/snapshot-schedule"
+    body = {"interval": "24h", "retention": {"max_count": 1}, "name_prefix": "s"}
+    stage.world.must("PUT", path, body)
+    stage.world.must("POST", f"{path}/run")
+    (first,) = _of_subject(stage)
+    stage.facts["first"] = first["id"]
+
+
+def _of_subject(stage: Stage) -> list[Any]:
+    found = stage.world.must("GET", "/snapshots")
+    return [s for s in found if s["source_instance_id"] == stage.subject]
+
+
+def _run_schedule(stage: Stage) -> Answer:
+    return stage.world.request("POST", f"/instances/{stage.subject}/snapshot-schedule/run")
+
+
+def _has_run(stage: Stage) -> bool:
+    """A run that was cut off is made up for by the server itself."""
+    deadline = time.monotonic() + _DEADLINE
+    while True:
+        found = [s["id"] for s in _of_subject(stage)]
+        schedule = stage.world.must("GET", f"/instances/{stage.subject}/snapshot-schedule")
+        last = schedule.get("last_snapshot_id")
+        if schedule.get("last_error") is None and found == [last]:
+            return bool(last != stage.facts["first"])
+        if schedule.get("last_error") and "interrupted" not in schedule["last_error"]:
+            return False  # it failed, and says so
+        if time.monotonic() > deadline:
+            raise Violation(f"the schedule does not settle: {schedule}, snapshots {found}")
+        time.sleep(0.02)
+
+
+def _delete_schedule(stage: Stage) -> None:
+    stage.world.must("DELETE", f"/instances/{stage.subject}/snapshot-schedule")
+    for snapshot in _of_subject(stage):
+        stage.world.must("DELETE", f"/snapshots/{snapshot['id']}")
+    stage.world.delete(stage.name)
+
+
+def _on(path: str) -> Callable[[Stage], Answer]:
+    return lambda stage: stage.world.request("POST", f"/instances/{stage.subject}/{path}")
+
+
+VERBS = (
+    Verb("create", _create, _created, cleanup=_delete_named),
+    Verb(
+        "start",
+        lambda stage: stage.world.request("POST", f"/instances/{stage.subject}/start", {}),
+        _started, _stopped_subject, _delete_named,
+    ),
+    Verb("stop", _on("stop"), _stopped, _fork_subject, _delete_named),
+    Verb(
+        "delete instance",
+        lambda stage: stage.world.request("DELETE", f"/instances/{stage.subject}"),
+        _deleted, _fork_subject, _delete_named,
+    ),
+    Verb("snapshot of Running", _snapshot_of("source", "Standby"), _taken,
+         cleanup=_delete_snapshot_named),
+    Verb("snapshot of Standby", _snapshot_of("asleep", "Standby"), _taken,
+         cleanup=_delete_snapshot_named),
+    Verb("snapshot of Stopped", _snapshot_of("off", "Stopped"), _taken,
+         cleanup=_delete_snapshot_named),
+    Verb("delete snapshot", _delete_subject_snapshot, _snapshot_gone, _take_subject,
+         _delete_snapshot_named),
+    Verb("fork to Running", _fork_of("live", "Running"), _forked("Running"),
+         cleanup=_delete_named),
+    Verb("fork to Standby", _fork_of("live", "Standby"), _forked("Standby"),
+         cleanup=_delete_named),
+    Verb("fork to Stopped", _fork_of("disk", "Stopped"), _forked("Stopped"),
+         cleanup=_delete_named),
+    Verb("fork of Running", _fork_live, _forked("Running"), cleanup=_delete_named),
+    Verb("warm fill", _warm, _is_warm, cleanup=_cool, background=True),
+    Verb("standby", _on("standby"), _asleep, _fork_subject, _restore_and_delete),
+    Verb("restore", _on("restore"), _awake, _sleeping_subject, _delete_named),
+    Verb("restore in place to Running", _restore_to("Running"), _restored_in_place,
+         _subject_with_past, _delete_both),
+    Verb("restore in place to Stopped", _restore_to("Stopped"), _stopped_in_place,
+         _subject_with_past, _delete_both),
+    Verb("scheduled run", _run_schedule, _has_run, _schedule, _delete_schedule, background=True),
+)  # fmt: skip

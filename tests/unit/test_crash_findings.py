@@ -1,0 +1,247 @@
+"""What the crash harness found in the verbs, each as the scenario that shows it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillframe.engine.engine import Engine
+from stillframe.engine.interface import ForkRequest
+from stillframe.host.files import remove_tree
+from stillframe.host.orphans import kill_orphans, processes_naming
+from stillframe.host.sockets import bind_unix
+from stillframe.model.errors import HostFailure, StorageFull
+from stillframe.model.states import InstanceState
+from stillframe.model.values import SnapshotKind
+from stillframe.store.paths import DataDirectory
+from stillframe.store.records import Intent, Records
+from support.engine import ask, make_engine, open_engine, running, traces
+from support.payloads import listing, verified
+
+LIVE = SnapshotKind.STANDBY
+AT_REST = ["config.raw", "logs", "overlay.raw"]
+
+
+@pytest.fixture
+async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
+    async with open_engine(tmp_path) as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def full() -> Iterator[Any]:
+    raise StorageFull("the records could not be written")
+    yield
+
+
+async def test_the_digests_of_an_earlier_memory_image_do_not_vouch_for_a_fresh_one(
+    engine: Engine,
+) -> None:
+    source = await running(engine)
+    await engine.standby(source.id)
+    await engine.restore(source.id)  # it maps an image with digests now
+    await engine.stop(source.id)
+    await engine.start(source.id)
+    await running_again(engine, source.id)
+    snapshot = await engine.snapshot(source.id, kind=LIVE)
+    assert verified(engine.context.data.snapshot(snapshot.id)).damage == ()
+
+
+async def running_again(engine: Engine, identifier: str) -> None:
+    await engine.wait(identifier, state=InstanceState.RUNNING, timeout=timedelta(seconds=60))
+
+
+async def test_an_instance_at_rest_keeps_nothing_of_its_vmm(engine: Engine) -> None:
+    source = await running(engine)
+    directory = engine.context.data.instance(source.id).directory
+    await engine.standby(source.id)
+    assert listing(directory) == [*AT_REST, "standby"]
+    await engine.restore(source.id)
+    await engine.stop(source.id)
+    assert listing(directory) == AT_REST
+
+
+async def test_a_start_clears_what_a_killed_start_left_of_a_vmm(tmp_path: Path) -> None:
+    async with open_engine(tmp_path) as engine:
+        source = await running(engine)
+        await engine.stop(source.id)
+        directory = engine.context.data.instance(source.id).directory
+    bind_unix(directory / "control.sock").close()
+    for name in ("memory", "memory.blake3", "memory.new", "config.raw.new"):
+        (directory / name).write_bytes(b"x")
+    async with open_engine(tmp_path):
+        assert listing(directory) == AT_REST
+
+
+async def test_a_delete_that_was_cut_off_after_its_vmm_is_finished_by_the_next_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(tmp_path)
+    await engine.open()
+    source = await running(engine)
+
+    class CutOffError(BaseException):
+        """Stands for kill -9."""
+
+    def cut_off(_: Path) -> None:
+        raise CutOffError
+
+    monkeypatch.setattr("stillframe.engine.verbs.stop.remove_tree", cut_off)
+    with pytest.raises(CutOffError):
+        await engine.delete(source.id)
+    await engine.close()
+    async with open_engine(tmp_path) as again:
+        assert again.list_instances() == []
+        assert traces(tmp_path) == []
+
+
+async def test_files_that_cannot_be_removed_leave_a_stopped_instance_that_can_be_deleted_again(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = await running(engine)
+
+    def refuse(_: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stillframe.engine.verbs.stop.remove_tree", refuse)
+        with pytest.raises(HostFailure):
+            await engine.delete(source.id)
+    left = engine.find_instance(source.id)
+    assert (left.state, left.process) == (InstanceState.STOPPED, None)
+    assert "delete it again" in (left.state_error or "")
+    await engine.delete(source.id)
+    assert traces(tmp_path) == []
+
+
+def test_a_removal_that_fails_once_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tmp_path / "tree"
+    (tree / "below").mkdir(parents=True)
+    (tree / "below" / "file").touch()
+    tries: list[bool] = []
+    real = shutil.rmtree
+
+    def failing_once(path: Path, ignore_errors: bool = False) -> None:
+        tries.append(ignore_errors)
+        if len(tries) > 1:
+            real(path)
+
+    monkeypatch.setattr(shutil, "rmtree", failing_once)
+    remove_tree(tree)
+    assert not tree.exists()
+    assert tries == [True, False]
+
+
+async def test_a_disk_that_stays_full_leaves_no_intent_once_there_is_room(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = await running(engine)
+    records = engine.context.records
+    with monkeypatch.context() as patch:
+
+        def publish(*_: object) -> None:  # from here on nothing can be written
+            patch.setattr(records, "transaction", full)
+
+        patch.setattr("stillframe.engine.verbs.snapshot.publish", publish)
+        with pytest.raises(StorageFull):
+            await engine.snapshot(source.id, kind=LIVE, name="wanted")
+    assert records.intents == {}
+    assert (await engine.snapshot(source.id, kind=LIVE, name="wanted")).name == "wanted"
+    again = Records(DataDirectory(tmp_path).database)
+    assert again.intents == {}
+    again.close()
+
+
+def test_what_cannot_be_taken_back_now_goes_with_the_next_transaction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = Records(tmp_path / "db")
+    records.intend(Intent("one", "snapshot", {}))
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "transaction", full)
+        records.fulfil("one")
+    assert records.intents == {}
+    crashed = Records(tmp_path / "db")  # the intent still stands for it
+    assert list(crashed.intents) == ["one"]
+    crashed.close()
+    records.intend(Intent("two", "snapshot", {}))
+    records.close()
+    again = Records(tmp_path / "db")
+    assert list(again.intents) == ["two"]
+    again.close()
+
+
+async def test_a_stop_on_a_full_disk_stops(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = await running(engine)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.context.records, "transaction", full)
+        stopped = await engine.stop(source.id)
+    assert stopped.state is InstanceState.STOPPED
+    assert engine.find_instance(source.id).state is InstanceState.STOPPED
+    assert not processes_naming(tmp_path / "instances")
+
+
+async def test_orphans_are_dead_when_they_have_been_killed(engine: Engine, tmp_path: Path) -> None:
+    source = await running(engine)
+    await ask(engine, source.id, "true")
+    snapshot = await engine.snapshot(source.id, kind=LIVE)
+    await engine.fork_snapshot(snapshot.id, ForkRequest("fork"))
+    killed = await asyncio.to_thread(kill_orphans, tmp_path / "instances", ())
+    assert len(killed) == 2
+    assert not processes_naming(tmp_path / "instances")
+
+
+async def test_what_cannot_be_undone_at_a_start_does_not_keep_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_engine(tmp_path) as engine:
+        source = await running(engine)
+        await engine.stop(source.id)
+        lost = engine.context.new_id()
+        engine.context.records.intend(Intent(lost, "snapshot", {}))
+
+    def refuse(path: Path) -> None:
+        if lost in path.name:
+            raise OSError(5, "Input/output error")
+        remove_tree(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stillframe.engine.verbs.recover.remove_tree", refuse)
+        async with open_engine(tmp_path) as again:
+            assert [i.id for i in again.list_instances()] == [source.id]
+            assert list(again.context.records.intents) == [lost]  # for the next start
+    async with open_engine(tmp_path) as third:
+        assert third.context.records.intents == {}
+
+
+async def test_the_vmm_of_an_instance_whose_record_cannot_be_read_is_left_alone(
+    tmp_path: Path,
+) -> None:
+    engine = make_engine(tmp_path)
+    await engine.open()
+    source = await running(engine)
+    with engine.context.records.transaction() as sql:
+        sql.execute("UPDATE instances SET document = '{' WHERE id = ?", (source.id,))
+    await engine.close()
+    async with open_engine(tmp_path) as again:
+        assert again.list_instances() == []
+        assert source.process is not None
+        assert processes_naming(tmp_path / "instances") == [source.process.pid]
+
+
+async def test_a_template_that_was_half_made_goes_at_the_next_start(tmp_path: Path) -> None:
+    async with open_engine(tmp_path):
+        (tmp_path / "templates" / ".overlay-1.ext4.half").touch()
+    async with open_engine(tmp_path):
+        assert listing(tmp_path / "templates") == []
