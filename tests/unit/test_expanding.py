@@ -231,14 +231,18 @@ async def test_the_family_tree_knows_who_maps_the_expanded_image(engine: Engine)
     snapshot = await compressed(engine)
     one, two = await forked(engine, snapshot, "one"), await forked(engine, snapshot, "two")
     tree = {relative.id: relative for relative in await engine.family()}
+
+    async def alone(instance_id: str) -> int:
+        (found,) = [r for r in await engine.family() if r.id == instance_id]
+        assert found.exclusive_bytes is not None
+        return found.exclusive_bytes
+
     assert tree[snapshot.id].shares_memory_with == tuple(sorted((one.id, two.id)))
     assert set(tree[one.id].shares_memory_with) == {snapshot.id, two.id}
     stored = (engine.context.data.snapshot(snapshot.id).directory / "memory.zst").stat()
-    assert (tree[snapshot.id].exclusive_bytes or 0) >= stored.st_blocks * 512
-    shared = image_of(engine, one.id).st_blocks * 512
-    before = {relative.id: relative for relative in await engine.family()}[one.id].exclusive_bytes
+    assert await alone(snapshot.id) >= stored.st_blocks * 512
+    before, shared = await alone(one.id), image_of(engine, one.id).st_blocks * 512
+    assert shared > 0
     await engine.delete(two.id, graceful=False)
-    alone = {relative.id: relative for relative in await engine.family()}[one.id]
-    assert before is not None
-    assert alone.exclusive_bytes is not None
-    assert alone.exclusive_bytes >= before + shared  # it would take the expanded image with it
+    # Now it would take the expanded image with it.
+    assert await alone(one.id) >= before + shared

@@ -40,8 +40,9 @@ async def load_paused(
     VmmFailure.
     """
     paths = context.data.instance(instance.id)
-    phase = "map_memory" if source.memory.exists() else "expand"
-    with phases.measure(phase), storage_errors("map the memory image"):
+    raw = source.memory.exists()
+    measured = phases.measure("map_memory") if raw else phases.measure("expand")
+    with measured, storage_errors("map the memory image"):
         undo.callback(paths.memory.unlink, missing_ok=True)
         undo.callback(paths.memory_table.unlink, missing_ok=True)
         await context.expanded.link(source, paths.memory)

@@ -30,6 +30,7 @@ from stillframe.model.values import (
     CompressionState,
     Instance,
     Snapshot,
+    SnapshotPolicy,
 )
 from stillframe.store.compression import compress, effective
 from stillframe.store.manifest import damaged
@@ -58,12 +59,8 @@ def chosen(
     The first that says anything decides, also when it says no. Algorithm and level are filled in.
     Raises InvalidRequest.
     """
-    policy = instance.snapshot_policy
-    for config in (
-        requested,
-        policy.compression if policy else None,
-        context.settings.default_compression,
-    ):  # fmt: skip
+    policy = instance.snapshot_policy or SnapshotPolicy()
+    for config in (requested, policy.compression, context.settings.default_compression):
         if config is not None:
             return CompressionConfig(True, *effective(config)) if config.enabled else None
     return None
@@ -74,10 +71,8 @@ def delay_of(instance: Instance, requested: timedelta | None) -> timedelta:
 
     Raises InvalidRequest (``invalid_compression_delay``).
     """
-    policy = instance.snapshot_policy
-    delay = requested
-    if delay is None and policy is not None:
-        delay = policy.standby_compression_delay
+    policy = instance.snapshot_policy or SnapshotPolicy()
+    delay = policy.standby_compression_delay if requested is None else requested
     if delay is not None and delay < timedelta(0):
         raise InvalidRequest("the delay is negative", code="invalid_compression_delay")
     return delay or timedelta(0)
