@@ -132,9 +132,10 @@ def _judge(stage: Stage, point: Point, status: int, *, struck: bool, before: int
         raise Violation("the server died")
     if not struck and not 200 <= status < 300:
         raise Violation(f"without any fault it answered {status}")
+    elif struck:  # what could not be taken back goes with the next commit
+        world.must("PATCH", f"/snapshots/{stage.live}", {"description": stage.name})
     complete = verb.complete(stage) if verb.background else None
-    # A full disk takes no commit either: what is left then goes with the next one.
-    if fault is not Fault.FULL and not verb.background:
+    if not verb.background:
         world.check_everything()
     stage.check()
     if complete is None:

@@ -7,6 +7,7 @@ ended. A server started this way is what ``stillframe serve`` is, a second earli
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import select
 import subprocess
@@ -18,6 +19,14 @@ from stillframe.host.orphans import processes_naming
 from support.server import READY, START_DEADLINE
 
 ENDED, PID = b"ended", b"pid "
+# What a server loads while it starts.
+_LOADED = (
+    "uvicorn.main",
+    "stillframe.api.app",
+    "stillframe.api.server",
+    "stillframe.engine.engine",
+    "stillframe.vmm.drivers",
+)
 
 
 class NurseryServer:
@@ -97,15 +106,15 @@ class NurseryServer:
 
 def main() -> None:
     """Fork a server for each line; see the module's text."""
-    import uvicorn.main  # noqa: F401 - loaded here for all of them
-
-    from stillframe.cli.main import main as command_line
+    for name in _LOADED:
+        importlib.import_module(name)
+    from stillframe.cli.main import main as run
 
     for _ in sys.stdin:
         if (pid := os.fork()) == 0:
             print(PID.decode() + str(os.getpid()), flush=True)
             sys.argv = ["stillframe", "serve"]
-            command_line()
+            run()
             os._exit(0)
         os.waitpid(pid, 0)
         print(ENDED.decode(), flush=True)

@@ -249,14 +249,15 @@ def commit_exit(context: Context, instance: Instance) -> Instance:
 def clear_remains(paths: InstancePaths) -> None:
     """Remove what only a running VMM needs: its memory image, sockets, and half-made files.
 
-    What cannot be removed now goes when the next server starts.
+    What cannot be removed is tried once more, and then when the next server starts.
     """
-    with contextlib.suppress(OSError):
-        for path in list(paths.directory.iterdir()):
-            half_made = path.suffix == ".new" and path.is_file()
-            if half_made or path in {paths.memory, paths.memory_table} or path.is_socket():
-                with contextlib.suppress(OSError):
-                    path.unlink()
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            for path in list(paths.directory.iterdir()):
+                half_made = path.suffix == ".new" and path.is_file()
+                if half_made or path in {paths.memory, paths.memory_table} or path.is_socket():
+                    with contextlib.suppress(OSError):
+                        path.unlink()
 
 
 async def _reboot(context: Context, instance: Instance) -> None:

@@ -240,7 +240,8 @@ def _listening(directory: Path) -> Iterator[tuple[int, int]]:
 
 def _remove_sockets(directory: Path) -> None:
     for name in ("control.sock", "agent.sock"):
-        (directory / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # nobody listens there: it is only a name
+            (directory / name).unlink(missing_ok=True)
 
 
 def _explained(error: VmmFailure, log: Path) -> VmmFailure:

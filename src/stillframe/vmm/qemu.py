@@ -64,7 +64,8 @@ class _Sockets:
 
     def remove(self) -> None:
         for path in (self.monitor, self.agent):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # nobody listens there: it is only a name
+                path.unlink(missing_ok=True)
 
 
 class QemuMachine:
