@@ -66,7 +66,16 @@ class Authenticator:
             raise Unauthorized("invalid token type")
         return claims
 
-    def authorise(self, header: str | None, scope: str) -> None:
+    def grants(connection: HTTPConnection, scope: str) -> bool:
+    """Whether a request's token has ``scope`` too, beside that of the route."""
+    try:
+        authorise(connection, scope)
+    except Forbidden:
+        return False
+    return True
+
+
+def authorise(self, header: str | None, scope: str) -> None:
         """Raises Unauthorized or Forbidden unless the header's token grants ``scope``."""
         claims = self.claims(header)
         if "permissions" not in claims:

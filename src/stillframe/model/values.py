@@ -180,6 +180,7 @@ class Snapshot:
     ``parent_snapshot_id`` is the snapshot its state descends from: the one before it of the same
     instance, or the one that instance was forked from or restored to.
     A ``pinned`` one is deleted by a person with force only, never because it expired.
+    ``damaged`` says what the last verification found damaged (None: nothing, or it was none).
     """
 
     id: str
@@ -205,6 +206,7 @@ class Snapshot:
     description: str | None = None
     expires_at: datetime | None = None
     pinned: bool = False
+    damaged: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

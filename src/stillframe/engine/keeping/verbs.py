@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 from stillframe.engine.context import Context
-from stillframe.engine.keeping import edit, lineage, resources, retain
+from stillframe.engine.keeping import (
+    arrival,
+    compatibility,
+    edit,
+    lineage,
+    move,
+    resources,
+    retain,
+    verify,
+)
 from stillframe.engine.keeping.interface import (
+    Compatibility,
     DeletionPreview,
+    ExportedArchive,
     HostResources,
     RetentionPlan,
     SnapshotChanges,
@@ -14,6 +27,7 @@ from stillframe.engine.keeping.schedule import Scheduler
 from stillframe.model.lineage import Lineage, Relative
 from stillframe.model.schedules import Schedule, ScheduleRequest
 from stillframe.model.values import Snapshot
+from stillframe.model.verification import Depth, Verification
 
 
 class KeepingVerbs:
@@ -68,3 +82,32 @@ class KeepingVerbs:
     async def resources(self) -> HostResources:
         """What the host has, and who has it."""
         return await resources.resources(self.context)
+
+    async def verify_snapshot(self, snapshot_id: str, depth: Depth) -> Verification:
+        """Verify what is stored, locate damage, mark the snapshot by it."""
+        return await verify.verify_snapshot(self.context, snapshot_id, depth)
+
+    async def compatibility(self, snapshot_id: str) -> Compatibility:
+        """Whether a snapshot can be forked on this host, and why not."""
+        return await compatibility.compatibility(self.context, snapshot_id)
+
+    async def export_snapshot(
+        self, snapshot_id: str, *, image: bool = False, offset: int = 0, tag: str | None = None
+    ) -> ExportedArchive:
+        """The archive of a snapshot from byte ``offset`` on, with its ``image`` if wanted."""
+        return await move.export_snapshot(
+            self.context, snapshot_id, image=image, offset=offset, tag=tag
+        )
+
+    async def import_snapshot(
+        self,
+        chunks: AsyncIterator[bytes],
+        *,
+        name: str | None = None,
+        allow_foreign: bool = False,
+        add_image: bool = True,
+    ) -> Snapshot:
+        """A new snapshot from the bytes of an archive; durable on return."""
+        return await arrival.import_snapshot(
+            self.context, chunks, name=name, allow_foreign=allow_foreign, add_image=add_image
+        )
