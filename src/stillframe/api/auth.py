@@ -66,16 +66,7 @@ class Authenticator:
             raise Unauthorized("invalid token type")
         return claims
 
-    def grants(connection: HTTPConnection, scope: str) -> bool:
-    """Whether a request's token has ``scope`` too, beside that of the route."""
-    try:
-        authorise(connection, scope)
-    except Forbidden:
-        return False
-    return True
-
-
-def authorise(self, header: str | None, scope: str) -> None:
+    def authorise(self, header: str | None, scope: str) -> None:
         """Raises Unauthorized or Forbidden unless the header's token grants ``scope``."""
         claims = self.claims(header)
         if "permissions" not in claims:
@@ -131,6 +122,15 @@ class RequiredScope:
     async def __call__(self, connection: HTTPConnection) -> None:
         """Raises Unauthorized or Forbidden."""
         authorise(connection, self.scope)
+
+
+def grants(connection: HTTPConnection, scope: str) -> bool:
+    """Whether a request's token has ``scope`` too, beside that of the route."""
+    try:
+        authorise(connection, scope)
+    except Forbidden:
+        return False
+    return True
 
 
 def authorise(connection: HTTPConnection, scope: str) -> None:
