@@ -18,6 +18,7 @@ from stillframe.engine.keeping.interface import (
     RetentionPlan,
     SnapshotChanges,
     SnapshotUse,
+    UploadStatus,
 )
 from stillframe.model.errors import NotFound
 from stillframe.model.lineage import Family, Lineage, Relative
@@ -140,3 +141,7 @@ class KeepingDouble:
         received = b"".join([chunk async for chunk in chunks])
         self._note("import_snapshot", received, **options)
         return replace(self.snapshots[0], name=options["name"])
+
+    def upload_status(self, upload: str) -> UploadStatus:
+        self._note("upload_status", upload)
+        return UploadStatus(1000)

@@ -81,8 +81,13 @@ def test_an_import_takes_any_number_of_bytes(client: TestClient, double: DoubleE
     query = {"name": "copy", "allow_foreign": "true"}
     answer = client.post("/snapshots/import", params=query, content=body)
     assert (answer.status_code, answer.json()["name"]) == (201, "copy")
-    options = {"name": "copy", "allow_foreign": True, "add_image": True}
+    options: dict[str, Any] = {"name": "copy", "allow_foreign": True, "add_image": True}
+    options |= {"upload": None, "offset": 0}
     assert double.last("import_snapshot") == ((body,), options)
+    client.post("/snapshots/import", params={"upload": "u" * 24, "offset": 7}, content=b"x")
+    assert double.last("import_snapshot")[1]["offset"] == 7
+    status = client.get(f"/snapshots/import/{'u' * 24}")
+    assert status.json() == {"upload": "u" * 24, "offset": 1000}
 
 
 def test_each_route_wants_its_scope(client: TestClient, double: DoubleEngine) -> None:

@@ -404,12 +404,9 @@ async def test_a_crash_anywhere_in_an_import_leaves_nothing(
 
     monkeypatch.setattr(targets[step], step, crash)
     monkeypatch.setattr(arrival, "remove_tree", lambda _: None)
-    monkeypatch.setattr(arrival.Importer, "abort", arrival.Importer._close)
     monkeypatch.setattr(context.records, "fulfil", lambda _: None)
-    if step != "put_snapshot":
-        monkeypatch.setattr(context.images, "delete", lambda _: None)
-    if step in ("finish", "stage", "publish", "adopt", "put_snapshot"):
-        monkeypatch.setattr(arrival.Importer, "abort", lambda _: None)
+    monkeypatch.setattr(arrival.Importer, "abort", lambda _: None)
+    monkeypatch.setattr(context.images, "delete", lambda _: None)
     with pytest.raises(CrashError):
         await take(engine, data)
     assert list(context.data.snapshots.iterdir())

@@ -19,7 +19,12 @@ from stillframe.api.errors import contract_codes, problems
 from stillframe.api.schemas.base import Text, respond_list
 from stillframe.api.schemas.instances import InstanceAnswer
 from stillframe.api.schemas.lineage import DeletionPreviewAnswer, LineageAnswer, RelativeAnswer
-from stillframe.api.schemas.moving import CompatibilityAnswer, VerificationAnswer, VerifyBody
+from stillframe.api.schemas.moving import (
+    CompatibilityAnswer,
+    UploadAnswer,
+    VerificationAnswer,
+    VerifyBody,
+)
 from stillframe.api.schemas.snapshots import (
     SnapshotAnswer,
     SnapshotCreateBody,
@@ -243,29 +248,46 @@ async def export_snapshot(
     "/snapshots/import",
     status_code=201,
     response_model=SnapshotAnswer,
-    responses=problems(409, 507),
+    responses=problems(404, 409, 429, 507),
     openapi_extra=_UPLOAD,
 )
 async def import_snapshot(
     request: Request,
     engine: Engine,
+    *,
     name: Annotated[Text | None, Query(description="In place of the name it had")] = None,
     allow_foreign: Annotated[
         bool, Query(description="Keep memory that cannot run on this host")
     ] = False,
+    upload: Annotated[Text | None, Query(description="An id of yours, to go on by")] = None,
+    offset: Annotated[int, Query(ge=0, le=2**62, description="Where to go on")] = 0,
 ) -> JSONResponse:
     """Make a snapshot from an archive, verified as it comes. The answer means it is durable.
 
     It gets a new id and keeps its source. Its image must be here or come along; adding one needs
-    the scope image:write too.
+    the scope image:write too. With ``upload`` what has come before a connection broke is kept for
+    half an hour: ask for its offset, and send the rest.
     """
     snapshot = await engine.import_snapshot(
         _received(request),
         name=name,
         allow_foreign=allow_foreign,
         add_image=grants(request, "image:write"),
+        upload=upload,
+        offset=offset,
     )
     return SnapshotAnswer.of(snapshot).response(201)
+
+
+@router.get(
+    "/snapshots/import/{upload}",
+    response_model=UploadAnswer,
+    responses=problems(404),
+    openapi_extra=needs("snapshot:write"),
+)
+async def get_upload(engine: Engine, upload: str) -> JSONResponse:
+    """Say how far an import with that upload id has come."""
+    return UploadAnswer.of(upload, engine.upload_status(upload)).response()
 
 
 class ArchiveResponse(StreamingResponse):

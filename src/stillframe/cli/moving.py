@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
@@ -14,8 +14,8 @@ import typer
 from stillframe.cli import output
 from stillframe.cli.client import Client
 from stillframe.cli.output import JsonFlag
-from stillframe.model.errors import Conflict, HostFailure, InvalidRequest, NotFound
-from stillframe.model.units import format_size
+from stillframe.model.errors import Conflict, HostFailure, InvalidRequest, NotFound, StillframeError
+from stillframe.model.units import format_size, new_id
 
 Snapshot = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="Id, name or unique prefix.")]
 _CHUNK = 1024 * 1024
@@ -180,13 +180,7 @@ def import_(
     if allow_foreign:
         query["allow_foreign"] = "true"
     with _source(file) as (source, size), output.progress(f"importing {file}", size) as advance:
-
-        def chunks() -> Iterator[bytes]:
-            while data := source.read(_CHUNK):
-                advance(len(data))
-                yield data
-
-        made = client.request("POST", "/snapshots/import", query=query, content=chunks())
+        made = _upload(client, query, source, advance)
     output.print_json(made) if as_json else output.print_table(
         ("NAME", "ID", "KIND", "SOURCE", "SIZE"),
         [
@@ -194,6 +188,42 @@ def import_(
              format_size(made["size_bytes"])),
         ],
     )  # fmt: skip
+
+
+def _upload(
+    client: Client, query: dict[str, str], source: IO[bytes], advance: Callable[[int], None]
+) -> Any:
+    """Send an archive; a connection that breaks is made again where it broke. The answer."""
+
+    def chunks() -> Iterator[bytes]:
+        while data := source.read(_CHUNK):
+            advance(len(data))
+            yield data
+
+    offset, upload = 0, new_id()
+    while True:
+        here = {**query, "upload": upload, "offset": str(offset)}
+        try:
+            return client.request("POST", "/snapshots/import", query=here, content=chunks())
+        except HostFailure:
+            status = _status(client, upload)
+            if status is None or not source.seekable():
+                raise
+            if "snapshot_id" in status:
+                return client.request("GET", f"/snapshots/{status['snapshot_id']}")
+            if status["offset"] <= offset:  # no progress: there is no use in trying again
+                raise
+            advance(status["offset"] - source.tell())
+            offset = source.seek(status["offset"])
+
+
+def _status(client: Client, upload: str) -> dict[str, Any] | None:
+    """How far an upload has come; None when the server knows of none or cannot be reached."""
+    try:
+        status: dict[str, Any] = client.request("GET", f"/snapshots/import/{upload}")
+    except StillframeError:
+        return None
+    return status
 
 
 @contextlib.contextmanager

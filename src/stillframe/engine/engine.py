@@ -21,6 +21,7 @@ from stillframe.engine.interface import (
     WarmStatus,
 )
 from stillframe.engine.keeping.schedule import Scheduler
+from stillframe.engine.keeping.uploads import Uploads
 from stillframe.engine.keeping.verbs import KeepingVerbs
 from stillframe.engine.settings import EngineSettings
 from stillframe.engine.telemetry import count_failures
@@ -68,6 +69,7 @@ class Engine(KeepingVerbs):
         )
         self.context.warm = WarmForks(self.context)
         self.scheduler = Scheduler(self.context)
+        self.uploads = Uploads(self.context)
 
     async def open(self) -> None:
         """Recover what an earlier server left, adopt its VMs, and be ready."""
@@ -80,6 +82,7 @@ class Engine(KeepingVerbs):
         self.context.closing = True
         await self.context.warm.close()
         await self.context.cancel_background()
+        await self.uploads.close()
         await self.context.images.close()
         for live in self.context.live.values():
             if live.connection is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from stillframe.api.schemas.base import Answer, Body
-from stillframe.engine.keeping.interface import Compatibility
+from stillframe.engine.keeping.interface import Compatibility, UploadStatus
 from stillframe.model.verification import Depth, Verification
 
 
@@ -69,3 +69,19 @@ class CompatibilityAnswer(Answer):
     def of(cls, snapshot_id: str, found: Compatibility) -> CompatibilityAnswer:
         """The wire form of a verdict."""
         return cls(snapshot_id=snapshot_id, fork=found.fork, reasons=list(found.reasons))
+
+
+class UploadAnswer(Answer):
+    """How far an import has come: ``offset`` is the next byte to be sent.
+
+    ``snapshot_id`` is there when all has come: the answer to the last request was lost.
+    """
+
+    upload: str
+    offset: int
+    snapshot_id: str | None = None
+
+    @classmethod
+    def of(cls, upload: str, status: UploadStatus) -> UploadAnswer:
+        """The wire form of a status."""
+        return cls(upload=upload, offset=status.offset, snapshot_id=status.snapshot_id)

@@ -11,6 +11,8 @@ import contextlib
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from stillframe.engine.context import Context
 from stillframe.engine.keeping.about import snapshot_told
@@ -37,85 +39,144 @@ _PIECE = MIB  # bytes taken in one step
 _LOOK = 64 * MIB  # bytes after which the free space is looked at again
 
 
+@dataclass(frozen=True, slots=True)
+class ImportWishes:
+    """What whoever sends an archive wants: see ``KeepingInterface.import_snapshot``."""
+
+    name: str | None = None
+    allow_foreign: bool = False
+    add_image: bool = True
+
+
+class Arrival:
+    """One import under way. Leaving the ``async with`` block without ``finish`` removes all.
+
+    ``spoilt`` says that it can only be aborted; else more bytes may come after a failure.
+    """
+
+    def __init__(self, context: Context, wishes: ImportWishes) -> None:
+        """Begin: from here on there is an intent and a directory.
+
+        Raises InvalidRequest (name), Conflict (quota), StorageFull; then there is nothing.
+        """
+        if wishes.name is not None:
+            check_name(wishes.name, what="snapshot name")
+        check_room(context, 0)
+        self.spoilt = False
+        self._context, self._steps, self._undo = context, Steps(), contextlib.AsyncExitStack()
+        snapshot_id, limit = context.new_id(), context.settings.max_archive_bytes
+        self._building = context.data.snapshot_new(snapshot_id)
+        self._final = context.data.snapshot(snapshot_id)
+        facts = {"name": wishes.name or ""}
+        context.records.intend(Intent(snapshot_id, "import snapshot", facts))
+        with contextlib.ExitStack() as local:
+            local.callback(context.records.fulfil, snapshot_id)
+            local.callback(remove_tree, self._final.directory)
+            local.callback(remove_tree, self._building.directory)
+            with storage_errors("make room for the snapshot"):
+                self._importer = Importer(self._building.directory, Limits(limit, limit))
+            self._undo.push(local.pop_all())
+        self._undo.push_async_callback(self._steps.run, self._importer.abort)
+        self._judge = _Judge(context, self._importer, snapshot_id, wishes)
+        self._told: Snapshot | None = None
+        self._looked = 0
+
+    @property
+    def offset(self) -> int:
+        """How many bytes of the archive have been taken in for good."""
+        return self._importer.position.offset
+
+    def rewind(self) -> int:
+        """Forget a record of which only a part has come; the offset to go on from."""
+        return self._importer.rewind().offset
+
+    async def take(self, chunks: AsyncIterator[bytes]) -> None:
+        """Take in bytes until they end. Raises as ``import_snapshot``, and what ``chunks`` does."""
+        async for piece in _pieces(chunks):
+            try:
+                await self._feed(piece)
+            except BaseException:
+                self.spoilt = True
+                raise
+
+    async def _feed(self, piece: bytes) -> None:
+        importer = self._importer
+        with _told_plainly(), storage_errors("store the snapshot"):
+            await self._steps.run(importer.feed, piece)
+        if self._told is None and importer.documents_complete:
+            self._told = await self._judge.snapshot()
+        if importer.position.data - self._looked >= _LOOK:
+            self._looked = importer.position.data
+            check_space(self._context, 0, written_bytes=self._looked)
+
+    async def finish(self) -> Snapshot:
+        """Make the snapshot of what has come: data, manifest, record on disk, in that order.
+
+        Raises InvalidRequest when the end is missing, and as ``import_snapshot``.
+        """
+        importer, context = self._importer, self._context
+        if self._told is None or not importer.complete:
+            raise InvalidRequest(
+                f"the archive ends early, after byte {self.offset}",
+                code="damaged_archive",
+                hint="send it again",
+                offset=self.offset,
+            )
+        self.spoilt = True
+        with _told_plainly(), storage_errors("store the snapshot"):
+            arrived = await self._steps.run(importer.finish)
+            image = await self._steps.run(_take_image, context, self._building, arrived)
+            self._undo.callback(remove_tree, image)
+            size = await self._steps.run(_publish, self._building, self._final)
+        taken = replace(self._told, size_bytes=size.size, stored_bytes=size.stored)
+        _commit(context, taken, image if arrived.image_files else None)
+        self._undo.pop_all()
+        remove_tree(image)  # unless it was needed
+        return taken
+
+    async def abort(self) -> None:
+        """Remove all that was written. Does nothing after ``finish``."""
+        await self._undo.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.abort()
+
+
 async def import_snapshot(
-    context: Context,
-    chunks: AsyncIterator[bytes],
-    *,
-    name: str | None = None,
-    allow_foreign: bool = False,
-    add_image: bool = True,
+    context: Context, chunks: AsyncIterator[bytes], wishes: ImportWishes
 ) -> Snapshot:
-    """A new snapshot from the bytes of an archive: data, manifest, record on disk, in that order.
+    """A new snapshot from the bytes of an archive, all at once.
 
     Raises InvalidRequest (damaged, no archive, too large), Forbidden (an image comes along and may
     not), Conflict (name, image, memory that cannot run here, quota), StorageFull, and what
     ``chunks`` raises; then nothing is left.
     """
-    if name is not None:
-        check_name(name, what="snapshot name")
-    check_room(context, 0)
-    snapshot_id, steps = context.new_id(), Steps()
-    building, final = context.data.snapshot_new(snapshot_id), context.data.snapshot(snapshot_id)
-    limit = context.settings.max_archive_bytes
-    context.records.intend(Intent(snapshot_id, "import snapshot", {"name": name or ""}))
-    async with contextlib.AsyncExitStack() as undo:
-        undo.callback(context.records.fulfil, snapshot_id)
-        undo.callback(remove_tree, final.directory)
-        undo.callback(remove_tree, building.directory)
-        with storage_errors("make room for the snapshot"):
-            importer = Importer(building.directory, Limits(limit, limit))
-        undo.push_async_callback(steps.run, importer.abort)
-        judge = _Judge(context, importer, snapshot_id, name, allow_foreign, add_image)
-        told = await _receive(context, chunks, importer, steps, judge)
-        with _told_plainly(), storage_errors("store the snapshot"):
-            arrived = await steps.run(importer.finish)
-            image = await steps.run(_take_image, context, building, arrived)
-            undo.callback(remove_tree, image)
-            size = await steps.run(_publish, building, final)
-        taken = replace(told, size_bytes=size.size, stored_bytes=size.stored)
-        _commit(context, taken, image if arrived.image_files else None)
-        undo.pop_all()
-    remove_tree(image)  # there is one already
-    return taken
-
-
-async def _receive(
-    context: Context,
-    chunks: AsyncIterator[bytes],
-    importer: Importer,
-    steps: Steps,
-    judge: _Judge,
-) -> Snapshot:
-    """Take in the whole stream; the snapshot it tells of, judged and checked."""
-    told, looked = None, 0
-    async for piece in _pieces(chunks):
-        with _told_plainly(), storage_errors("store the snapshot"):
-            await steps.run(importer.feed, piece)
-        if told is None and importer.documents_complete:
-            told = await judge.snapshot()
-        if importer.position.data - looked >= _LOOK:
-            looked = importer.position.data
-            check_space(context, 0, written_bytes=looked)
-    if told is None or not importer.complete:
-        raise InvalidRequest(
-            f"the archive ends early, after byte {importer.position.offset}",
-            code="damaged_archive",
-            hint="send it again",
-            offset=importer.position.offset,
-        )
-    return told
+    async with Arrival(context, wishes) as arrival:
+        await arrival.take(chunks)
+        return await arrival.finish()
 
 
 async def _pieces(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The same bytes in pieces that are worth a step in a thread."""
+    """The same bytes in pieces that are worth a step in a thread; all of them, whatever comes."""
     piece = bytearray()
-    async for chunk in chunks:
-        piece += chunk
-        if len(piece) >= _PIECE:
-            yield bytes(piece)
-            piece.clear()
-    if piece:
-        yield bytes(piece)
+    try:
+        async for chunk in chunks:
+            piece += chunk
+            if len(piece) >= _PIECE:
+                yield bytes(piece)
+                piece.clear()
+    except Exception:
+        yield bytes(piece)  # an upload goes on behind it
+        raise
+    yield bytes(piece)
 
 
 @contextlib.contextmanager
@@ -136,22 +197,20 @@ class _Judge:
     context: Context
     importer: Importer
     snapshot_id: str
-    name: str | None
-    allow_foreign: bool
-    add_image: bool
+    wishes: ImportWishes
 
     async def snapshot(self) -> Snapshot:
         """The snapshot as its record will be, but for its sizes. Raises as ``import_snapshot``."""
         manifest, about = self.importer.manifest, self.importer.about
         told = snapshot_told(self.context, about, manifest)
-        told = replace(told, id=self.snapshot_id, name=self.name or told.name)
+        told = replace(told, id=self.snapshot_id, name=self.wishes.name or told.name)
         if told.name is not None and self.context.records.snapshot_name_taken(
             told.source_instance_id, told.name
         ):
             raise _name_taken(told)
         self._check_image(told)
         reasons, _ = await machine_reasons(self.context, told)
-        if told.kind is SnapshotKind.STANDBY and reasons and not self.allow_foreign:
+        if told.kind is SnapshotKind.STANDBY and reasons and not self.wishes.allow_foreign:
             raise Conflict(
                 f"the snapshot cannot run here: {'; '.join(reasons)}",
                 code="foreign_snapshot",
@@ -170,7 +229,7 @@ class _Judge:
             return
         if coming is None:
             raise _image_missing(told)
-        if not self.add_image:
+        if not self.wishes.add_image:
             raise Forbidden(
                 "the archive brings an image along, which this token may not add",
                 hint="use a token with the scope image:write",

@@ -125,6 +125,14 @@ class Compatibility:
     reasons: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class UploadStatus:
+    """How far an import with a name has come: bytes taken in, and the snapshot when it is whole."""
+
+    offset: int
+    snapshot_id: str | None = None
+
+
 class ExportedArchive(Protocol):
     """The archive of a snapshot as it is being made: its bytes, from the offset asked for.
 
@@ -203,6 +211,8 @@ class KeepingInterface(Protocol):
         name: str | None = None,
         allow_foreign: bool = False,
         add_image: bool = True,
+        upload: str | None = None,
+        offset: int = 0,
     ) -> Snapshot:
         """A new snapshot from the bytes of an archive; durable on return.
 
@@ -210,4 +220,10 @@ class KeepingInterface(Protocol):
         comes along to be added if it is not here. Raises InvalidRequest (damaged, unknown, too
         large), Forbidden (image), Conflict (name, image, foreign, quota), StorageFull, and what
         ``chunks`` raises; then nothing of it is left.
+
+        With ``upload``, an id the caller chose, what has come stays for a while when ``chunks``
+        fails, and another call goes on at ``offset``; Conflict when that is not the next byte.
         """
+
+    def upload_status(self, upload: str) -> UploadStatus:
+        """How far such an import has come. Raises NotFound."""

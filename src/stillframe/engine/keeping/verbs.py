@@ -22,8 +22,11 @@ from stillframe.engine.keeping.interface import (
     HostResources,
     RetentionPlan,
     SnapshotChanges,
+    UploadStatus,
 )
 from stillframe.engine.keeping.schedule import Scheduler
+from stillframe.engine.keeping.uploads import Uploads
+from stillframe.model.errors import InvalidRequest
 from stillframe.model.lineage import Lineage, Relative
 from stillframe.model.schedules import Schedule, ScheduleRequest
 from stillframe.model.values import Snapshot
@@ -31,10 +34,11 @@ from stillframe.model.verification import Depth, Verification
 
 
 class KeepingVerbs:
-    """A base of ``Engine``, which gives it a context and a scheduler."""
+    """A base of ``Engine``, which gives it a context, a scheduler and the uploads."""
 
     context: Context
     scheduler: Scheduler
+    uploads: Uploads
 
     def edit_snapshot(self, snapshot_id: str, changes: SnapshotChanges) -> Snapshot:
         """Change the words beside a snapshot."""
@@ -106,8 +110,17 @@ class KeepingVerbs:
         name: str | None = None,
         allow_foreign: bool = False,
         add_image: bool = True,
+        upload: str | None = None,
+        offset: int = 0,
     ) -> Snapshot:
         """A new snapshot from the bytes of an archive; durable on return."""
-        return await arrival.import_snapshot(
-            self.context, chunks, name=name, allow_foreign=allow_foreign, add_image=add_image
-        )
+        wishes = arrival.ImportWishes(name, allow_foreign, add_image)
+        if upload is not None:
+            return await self.uploads.take(upload, offset, chunks, wishes)
+        if offset:
+            raise InvalidRequest("an import at an offset must say of which upload")
+        return await arrival.import_snapshot(self.context, chunks, wishes)
+
+    def upload_status(self, upload: str) -> UploadStatus:
+        """How far such an import has come."""
+        return self.uploads.status(upload)
