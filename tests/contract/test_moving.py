@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 
+import httpx
 import pytest
 from hypeman import Hypeman
 
@@ -84,3 +86,38 @@ def test_a_refusal_reaches_a_client_that_still_sends(server: Server, tmp_path: P
     assert line == "error: this is not a snapshot archive\n"
     assert list((server.data_dir / "snapshots").glob(".*")) == []
     assert "no such file" in failed(server.cli("snapshot", "import", str(tmp_path / "none")))
+
+
+def test_a_connection_that_breaks_costs_nothing(
+    server: Server, sdk: Hypeman, make: Maker, tmp_path: Path
+) -> None:
+    source = make()
+    sdk.instances.snapshots.create(source.id, kind="Standby", name="ready")
+    file = tmp_path / "ready.stillframe"
+    succeeded(server.cli("snapshot", "export", "ready", str(file)))
+    data, upload = file.read_bytes(), "u" * 24
+    _send_a_part(server, "/snapshots/import?name=lost", data)
+    _send_a_part(server, f"/snapshots/import?name=found&upload={upload}", data)
+    headers = {"Authorization": f"Bearer {server.token()}"}
+    with httpx.Client(base_url=server.url, headers=headers) as http:
+        path = f"/snapshots/import/{upload}"
+        eventually_empty(lambda: [] if http.get(path).json().get("offset") else [path])
+        offset = http.get(path).json()["offset"]
+        query = {"upload": upload, "offset": offset}
+        made = http.post("/snapshots/import", params=query, content=data[offset:])
+        assert (made.status_code, made.json()["name"]) == (201, "found")
+    snapshots = server.data_dir / "snapshots"
+    eventually_empty(lambda: list(snapshots.glob(".*")))
+    assert {s.name for s in sdk.snapshots.list()} == {"ready", "found"}
+
+
+def _send_a_part(server: Server, path: str, data: bytes) -> None:
+    """Begin to send a body and hang up before its end."""
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = HTTPConnection(host, int(port))
+    connection.putrequest("POST", path)
+    connection.putheader("Authorization", f"Bearer {server.token()}")
+    connection.putheader("Content-Length", str(len(data)))
+    connection.endheaders()
+    connection.send(data[: len(data) - 40])
+    connection.close()

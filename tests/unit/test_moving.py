@@ -14,7 +14,7 @@ import pytest
 
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import ForkRequest
-from stillframe.engine.keeping import arrival
+from stillframe.engine.keeping import arrival, move
 from stillframe.engine.keeping.move import about_of
 from stillframe.host.orphans import kill_orphans
 from stillframe.model.errors import (
@@ -127,7 +127,11 @@ async def test_the_image_must_be_there_or_come_along(here: Engine, tmp_path: Pat
         assert bare.list_images() == []
 
 
-async def test_a_broken_export_goes_on_where_it_broke(here: Engine, there: Engine) -> None:
+@pytest.mark.parametrize("piece", [900, 2**20])
+async def test_a_broken_export_goes_on_where_it_broke(
+    here: Engine, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(move, "_PIECE", piece)
     made = await here.snapshot((await remembering(here)).id, kind=LIVE)
     whole = await here.export_snapshot(made.id)
     data = b"".join([piece async for piece in whole])

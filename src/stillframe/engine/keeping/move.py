@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +15,11 @@ from stillframe.engine.context import Context
 from stillframe.engine.keeping.steps import Steps
 from stillframe.engine.keeping.verify import refuse_damaged
 from stillframe.host.files import storage_errors
-from stillframe.model.errors import Conflict
+from stillframe.model.errors import Conflict, InvalidRequest
 from stillframe.model.units import MIB
 from stillframe.model.values import CompressionState, Snapshot
 from stillframe.store.archive import HEAD
-from stillframe.store.archive_export import ImageParts, export, from_offset
+from stillframe.store.archive_export import ImageParts, export
 from stillframe.store.manifest import MAX_MANIFEST, read_small
 from stillframe.store.paths import Payload
 from stillframe.store.records import to_json
@@ -29,27 +30,41 @@ _PIECE = MIB  # bytes read in one step
 class Archive:
     """An archive on its way out. Implements ``ExportedArchive``."""
 
-    def __init__(self, snapshot: Snapshot, tag: str, stream: Iterator[bytes], close: Any) -> None:
-        """Bytes come from ``stream``; ``close`` closes its files."""
+    def __init__(self, snapshot: Snapshot, tag: str, stream: Generator[bytes]) -> None:
         self.snapshot, self.tag = snapshot, tag
-        self._stream, self._close = stream, close
-        self._steps = Steps()
-        self._first: bytes | None = None
+        self._stream, self._steps = stream, Steps()
+        self._ahead: bytes | None = None
 
-    async def begin(self) -> None:
-        """Read and check the first bytes. Raises what ``export`` raises."""
-        self._first = await self._read()
+    async def open(self) -> None:
+        """Open all files and check the first bytes. Raises what ``export`` raises."""
+        self._ahead = await self._read()
+
+    async def skip(self, offset: int) -> None:
+        """Go on from byte ``offset``; all before it is made again, and checked.
+
+        Raises InvalidRequest when there are not so many, and what ``export`` raises.
+        """
+        left = offset
+        while left:
+            piece = self._ahead or b""
+            if not piece:
+                raise InvalidRequest(f"the archive has no byte {offset}", size=offset - left)
+            if left < len(piece):
+                self._ahead = piece[left:]
+                return
+            left -= len(piece)
+            self._ahead = await self._read()
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """The bytes, in pieces of about 1 MiB."""
-        piece, self._first = self._first, None
+        piece, self._ahead = self._ahead, None
         while piece:
             yield piece
             piece = await self._read()
 
     async def close(self) -> None:
         """Close its files, after the step under way. Idempotent."""
-        await self._steps.run(self._close)
+        await self._steps.run(self._stream.close)
 
     async def _read(self) -> bytes:
         with storage_errors("read the snapshot"):
@@ -79,28 +94,32 @@ async def export_snapshot(
     From then on the snapshot may be deleted. Raises NotFound (its image too), DamagedData, Conflict
     when ``tag`` names another archive, InvalidRequest for an offset beyond the end.
     """
-    async with context.using(snapshot_id) as snapshot:
-        refuse_damaged(snapshot)
-        payload, parts = context.data.snapshot(snapshot_id), None
-        if image:
-            digest = snapshot.template.image_digest
-            root = context.images.root_disk(digest)
-            parts = ImageParts(digest, {p.name: p for p in (root, root.parent / "config.json")})
-        about = about_of(snapshot)
-        present = _tag(payload, about, parts)
-        if tag not in (None, present):
-            raise Conflict(
-                "the snapshot's archive is another one by now", hint="begin from the start", tag=tag
-            )
-        whole = export(payload, about=about, image=parts)
-        stream = from_offset(whole, offset) if offset else whole
-        archive = Archive(snapshot, present, stream, whole.close)
-        try:
-            await archive.begin()
-        except BaseException:
-            await archive.close()
-            raise
+    async with contextlib.AsyncExitStack() as undo:
+        async with context.using(snapshot_id) as snapshot:
+            refuse_damaged(snapshot)
+            payload, parts = context.data.snapshot(snapshot_id), None
+            if image:
+                parts = _image_of(context, snapshot)
+            about = about_of(snapshot)
+            present = _tag(payload, about, parts)
+            if tag not in (None, present):
+                raise Conflict(
+                    "the snapshot's archive is another one by now",
+                    hint="begin from the start",
+                    tag=present,
+                )
+            archive = Archive(snapshot, present, export(payload, about=about, image=parts))
+            undo.push_async_callback(archive.close)
+            await archive.open()
+        await archive.skip(offset)
+        undo.pop_all()
     return archive
+
+
+def _image_of(context: Context, snapshot: Snapshot) -> ImageParts:
+    digest = snapshot.template.image_digest
+    root = context.images.root_disk(digest)
+    return ImageParts(digest, {p.name: p for p in (root, root.parent / "config.json")})
 
 
 def about_of(snapshot: Snapshot) -> dict[str, Any]:
