@@ -37,7 +37,9 @@ def test_tables_of_the_file_and_their_variables(tmp_path: Path) -> None:
 
 
 def test_a_quota_of_zero_is_none(tmp_path: Path) -> None:
-    file = write(tmp_path, '[limits]\nmax_snapshot_bytes = "2GB"\nmin_free = 0\nmax_archive = "3GB"\n')
+    file = write(
+        tmp_path, '[limits]\nmax_snapshot_bytes = "2GB"\nmin_free = 0\nmax_archive = "3GB"\n'
+    )
     settings = load_settings(
         config=file, environment={"STILLFRAME_LIMITS_MAX_SNAPSHOTS": "7"}, flags={}
     )

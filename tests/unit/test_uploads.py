@@ -10,8 +10,8 @@ import pytest
 
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import ForkRequest
-from stillframe.engine.keeping import uploads
-from stillframe.engine.keeping.arrival import Arrival
+from stillframe.engine.moving import uploads
+from stillframe.engine.moving.arrival import Arrival
 from stillframe.model.errors import Conflict, InvalidRequest, NotFound, RateLimited
 from stillframe.model.values import Snapshot
 from support.engine import ask, make_engine, open_engine
@@ -66,7 +66,7 @@ def half_made(engine: Engine) -> list[Path]:
 async def test_an_upload_goes_on_where_its_connection_broke(
     engine: Engine, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stillframe.engine.keeping.arrival._PIECE", 1000)
+    monkeypatch.setattr("stillframe.engine.moving.arrival._PIECE", 1000)
     offset = await begin(engine, data[: len(data) // 2])
     assert 0 < offset <= len(data) // 2
     with pytest.raises(BrokenError):

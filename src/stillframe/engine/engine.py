@@ -21,8 +21,8 @@ from stillframe.engine.interface import (
     WarmStatus,
 )
 from stillframe.engine.keeping.schedule import Scheduler
-from stillframe.engine.keeping.uploads import Uploads
 from stillframe.engine.keeping.verbs import KeepingVerbs
+from stillframe.engine.moving.uploads import Uploads
 from stillframe.engine.settings import EngineSettings
 from stillframe.engine.telemetry import count_failures
 from stillframe.engine.verbs import (

@@ -317,7 +317,7 @@ class ImageLibrary:
 
     @contextlib.contextmanager
     def _staging(self) -> Iterator[Path]:
-        staging = self._root / f".new-{secrets.token_hex(8)}"
+        staging = self.new_staging()
         with storage_errors("make an image"):
             staging.mkdir(mode=0o700)
             (staging / "blobs").mkdir(mode=0o700)
@@ -327,13 +327,16 @@ class ImageLibrary:
             remove_tree(staging)
 
     # -- coming along with a snapshot -------------------------------------------------------------
-    def stage(self, directory: Path, names: Iterable[str]) -> Path:
-        """Take an image's files out of ``directory`` into a new one of ours, which is returned.
+    def new_staging(self) -> Path:
+        """Where an image may be made; what is left there goes at the next start."""
+        return self._root / f".new-{secrets.token_hex(8)}"
+
+    def stage(self, directory: Path, names: Iterable[str], staging: Path) -> None:
+        """Take an image's files out of ``directory`` into ``staging``, which is made.
 
         ``adopt`` makes an image of it. Files are durable already; of ``names`` the root disk and
         its configuration are kept. Raises OSError.
         """
-        staging = self._root / f".new-{secrets.token_hex(8)}"
         staging.mkdir(mode=0o700)
         for name in names:
             if name in _FILES:
@@ -341,7 +344,6 @@ class ImageLibrary:
             else:
                 (directory / name).unlink()
         fsync_directory(staging)
-        return staging
 
     def adopt(self, staging: Path, digest: str) -> Image:
         """Make an image that came along with a snapshot one of ours, durably.

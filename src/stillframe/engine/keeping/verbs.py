@@ -5,16 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from stillframe.engine.context import Context
-from stillframe.engine.keeping import (
-    arrival,
-    compatibility,
-    edit,
-    lineage,
-    move,
-    resources,
-    retain,
-    verify,
-)
+from stillframe.engine.keeping import edit, lineage, resources, retain, verify
 from stillframe.engine.keeping.interface import (
     Compatibility,
     DeletionPreview,
@@ -25,7 +16,8 @@ from stillframe.engine.keeping.interface import (
     UploadStatus,
 )
 from stillframe.engine.keeping.schedule import Scheduler
-from stillframe.engine.keeping.uploads import Uploads
+from stillframe.engine.moving import arrival, compatibility, export
+from stillframe.engine.moving.uploads import Uploads
 from stillframe.model.errors import InvalidRequest
 from stillframe.model.lineage import Lineage, Relative
 from stillframe.model.schedules import Schedule, ScheduleRequest
@@ -99,7 +91,7 @@ class KeepingVerbs:
         self, snapshot_id: str, *, image: bool = False, offset: int = 0, tag: str | None = None
     ) -> ExportedArchive:
         """The archive of a snapshot from byte ``offset`` on, with its ``image`` if wanted."""
-        return await move.export_snapshot(
+        return await export.export_snapshot(
             self.context, snapshot_id, image=image, offset=offset, tag=tag
         )
 

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from stillframe.engine.context import Context
-from stillframe.engine.keeping.arrival import Arrival, ImportWishes
 from stillframe.engine.keeping.interface import UploadStatus
+from stillframe.engine.moving.arrival import Arrival, ImportWishes
 from stillframe.model.errors import Conflict, InvalidRequest, NotFound, RateLimited
 from stillframe.model.units import is_id
 from stillframe.model.values import Snapshot

@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Self
 
 from stillframe.engine.context import Context
-from stillframe.engine.keeping.about import snapshot_told
-from stillframe.engine.keeping.compatibility import machine_reasons
 from stillframe.engine.keeping.quota import check_room, check_space
 from stillframe.engine.keeping.steps import Steps
+from stillframe.engine.moving.about import snapshot_told
+from stillframe.engine.moving.compatibility import machine_reasons
 from stillframe.host.files import fsync_directory, remove_tree, storage_errors
 from stillframe.model.errors import (
     Conflict,
@@ -123,10 +123,12 @@ class Arrival:
                 offset=self.offset,
             )
         self.spoilt = True
+        image = context.images.new_staging()
+        self._undo.callback(remove_tree, image)
         with _told_plainly(), storage_errors("store the snapshot"):
             arrived = await self._steps.run(importer.finish)
-            image = await self._steps.run(_take_image, context, self._building, arrived)
-            self._undo.callback(remove_tree, image)
+            if arrived.image_files:
+                await self._steps.run(_take_image, context, self._building, arrived, image)
             size = await self._steps.run(_publish, self._building, self._final)
         taken = replace(self._told, size_bytes=size.size, stored_bytes=size.stored)
         _commit(context, taken, image if arrived.image_files else None)
@@ -245,11 +247,10 @@ def _has_image(context: Context, digest: str) -> bool:
     return True
 
 
-def _take_image(context: Context, building: Payload, arrived: Imported) -> Path:
-    """Take the files of the image out of the payload; the directory where they wait."""
-    staging = context.images.stage(building.directory, arrived.image_files)
+def _take_image(context: Context, building: Payload, arrived: Imported, image: Path) -> None:
+    """Take the files of the image out of the payload into ``image``, where they wait."""
+    context.images.stage(building.directory, arrived.image_files, image)
     fsync_directory(building.directory)
-    return staging
 
 
 def _publish(building: Payload, final: Payload) -> PayloadSize:
