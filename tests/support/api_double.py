@@ -40,7 +40,7 @@ from stillframe.model.values import (
     SnapshotKind,
 )
 from stillframe.vmm.driver import DriverProbe
-from support.keeping_double import KeepingDouble
+from support.keeping_double import DoubleArchive, KeepingDouble
 
 SECRET = b"an-unguessable-secret-of-64-bytes" * 2
 PRIVATE = Path("/srv/private-data")
@@ -152,6 +152,7 @@ class DoubleEngine(KeepingDouble):
     entries: list[ReadEntry] = field(default_factory=list)
     sessions: list[DoubleSession] = field(default_factory=list)
     probes: list[DriverProbe] = field(default_factory=list)
+    archives: list[DoubleArchive] = field(default_factory=list)
     logs_closed: Event = field(default_factory=Event)
 
     def _note(self, name: str, /, *arguments: Any, **keywords: Any) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from stillframe.engine.keeping.interface import (
     Allotment,
+    Compatibility,
     DeletionPreview,
     DiskUse,
     HostResources,
@@ -16,14 +18,32 @@ from stillframe.engine.keeping.interface import (
     RetentionPlan,
     SnapshotChanges,
     SnapshotUse,
+    UploadStatus,
 )
 from stillframe.model.errors import NotFound
 from stillframe.model.lineage import Family, Lineage, Relative
 from stillframe.model.schedules import Schedule, ScheduleRequest, check_schedule, first_run
 from stillframe.model.values import Instance, Snapshot
+from stillframe.model.verification import Damage, Depth, Verification
 
 MADE = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 MANY = Allotment(8, 8, 2, 6)
+
+
+@dataclass
+class DoubleArchive:
+    """An archive of three pieces; remembers that it was closed."""
+
+    snapshot: Snapshot
+    tag: str = "a" * 32
+    closed: bool = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in (b"one ", b"two ", b"three"):
+            yield piece
+
+    async def close(self) -> None:
+        self.closed = True
 
 
 class KeepingDouble:
@@ -33,6 +53,7 @@ class KeepingDouble:
         instances: list[Instance]
         snapshots: list[Snapshot]
         schedules: dict[str, Schedule]
+        archives: list[DoubleArchive]
 
         def _note(self, name: str, /, *arguments: Any, **keywords: Any) -> None: ...
 
@@ -101,3 +122,26 @@ class KeepingDouble:
         shares = [InstanceShare(i.id, i.name, 2, 2**30, 2**33) for i in self.instances]
         used = SnapshotUse(len(self.snapshots), 1024, 0, 0, 0)
         return HostResources(MANY, MANY, MANY, MANY, DiskUse(1, 2, 3), used, tuple(shares))
+
+    async def verify_snapshot(self, snapshot_id: str, depth: Depth) -> Verification:
+        self._note("verify_snapshot", snapshot_id, depth)
+        damage = (Damage("memory", 65536, 4096, "memory does not match its digest"),)
+        return Verification(depth, 1000, 2000, 0.5, damage, 4096, ("devices",))
+
+    async def compatibility(self, snapshot_id: str) -> Compatibility:
+        self._note("compatibility", snapshot_id)
+        return Compatibility(False, ("its memory was captured elsewhere",))
+
+    async def export_snapshot(self, snapshot_id: str, **options: Any) -> DoubleArchive:
+        self._note("export_snapshot", snapshot_id, **options)
+        self.archives.append(DoubleArchive(self.find_snapshot(snapshot_id)))
+        return self.archives[-1]
+
+    async def import_snapshot(self, chunks: AsyncIterator[bytes], **options: Any) -> Snapshot:
+        received = b"".join([chunk async for chunk in chunks])
+        self._note("import_snapshot", received, **options)
+        return replace(self.snapshots[0], name=options["name"])
+
+    def upload_status(self, upload: str) -> UploadStatus:
+        self._note("upload_status", upload)
+        return UploadStatus(1000)

@@ -27,7 +27,7 @@ from stillframe.store.archive import (
     Part,
     Position,
 )
-from stillframe.store.archive_export import ImageParts, export, from_offset
+from stillframe.store.archive_export import ImageParts, export
 from stillframe.store.archive_import import Importer
 from stillframe.store.compression import compress
 from stillframe.store.manifest import read_manifest
@@ -181,18 +181,6 @@ def test_a_stream_can_start_at_any_position(payload: Payload) -> None:
         again = Position.parse(str(position))
         assert again == position
         assert archive(payload, about={"a": 1}, position=again) == whole[position.offset :]
-
-
-@settings(deadline=None, max_examples=20)
-@given(st.integers(0, 10**7))
-def test_a_stream_can_start_at_any_byte(chosen: int) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        payload = make_payload(Path(directory, "payload"))
-        whole = archive(payload)
-        offset = chosen % (len(whole) + 1)
-        assert b"".join(from_offset(export(payload), offset)) == whole[offset:]
-        with pytest.raises(InvalidRequest, match="no byte"):
-            list(from_offset(export(payload), len(whole) + 1))
 
 
 @settings(deadline=None, max_examples=25)

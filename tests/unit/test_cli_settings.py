@@ -37,12 +37,15 @@ def test_tables_of_the_file_and_their_variables(tmp_path: Path) -> None:
 
 
 def test_a_quota_of_zero_is_none(tmp_path: Path) -> None:
-    file = write(tmp_path, '[limits]\nmax_snapshot_bytes = "2GB"\nmin_free = 0\n')
+    file = write(
+        tmp_path, '[limits]\nmax_snapshot_bytes = "2GB"\nmin_free = 0\nmax_archive = "3GB"\n'
+    )
     settings = load_settings(
         config=file, environment={"STILLFRAME_LIMITS_MAX_SNAPSHOTS": "7"}, flags={}
     )
     assert (settings.max_snapshot_bytes, settings.max_snapshots) == (2 * GIB, 7)
     assert settings.min_free_bytes == 0
+    assert settings.max_archive_bytes == 3 * GIB
     off = {"STILLFRAME_LIMITS_MAX_SNAPSHOTS": "0"}
     assert load_settings(environment=off, flags={}).max_snapshots == 0
 

@@ -124,6 +124,15 @@ class RequiredScope:
         authorise(connection, self.scope)
 
 
+def grants(connection: HTTPConnection, scope: str) -> bool:
+    """Whether a request's token has ``scope`` too, beside that of the route."""
+    try:
+        authorise(connection, scope)
+    except Forbidden:
+        return False
+    return True
+
+
 def authorise(connection: HTTPConnection, scope: str) -> None:
     """Check a request's token for ``scope``. Raises Unauthorized or Forbidden."""
     authenticator: Authenticator = connection.app.state.authenticator

@@ -25,7 +25,7 @@ from stillframe.model.errors import InvalidRequest
 MAX_BODY_BYTES = 8 * 1024 * 1024
 # The version of the format is part of its name (Prometheus' exposition formats).
 METRICS_TYPE = "text/plain; version=0.0.4"
-UPLOAD_PATHS = frozenset({"/images/import"})
+UPLOAD_PATHS = frozenset({"/images/import", "/snapshots/import"})
 _TAG_KEY = re.compile(r"tags\[(.*)\]", re.DOTALL)
 _TOO_LARGE = f"the body exceeds {MAX_BODY_BYTES} bytes"
 

@@ -125,6 +125,23 @@ class Client:
         except ValueError as error:
             raise HostFailure(f"{self.base_url} does not answer in JSON") from error
 
+    @contextlib.contextmanager
+    def download(
+        self, path: str, query: Mapping[str, str], headers: Mapping[str, str]
+    ) -> Iterator[httpx2.Response]:
+        """An answer whose body is read as it comes; HostFailure when it breaks off."""
+        import httpx2
+
+        try:
+            with self.http.stream(
+                "GET", path, params=dict(query), headers=dict(headers)
+            ) as response:
+                if response.is_error:
+                    raise error_from_answer(response.status_code, response.read(), path)
+                yield response
+        except httpx2.HTTPError as error:
+            raise self._unreachable(error) from error
+
     def events(self, path: str, query: Mapping[str, str]) -> Iterator[Json]:
         """The ``data:`` values of a server-sent event stream, decoded, as they come."""
         import httpx2

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import stillframe
-from stillframe.cli import copy, exec, host, images, instances, schedules, serve, snapshots
+from stillframe.cli import copy, exec, host, images, instances, moving, schedules, serve, snapshots
 from stillframe.cli.client import Client
 from stillframe.model.errors import StillframeError
 
@@ -36,6 +36,10 @@ app.command()(instances.restore)
 app.command()(instances.fork)
 app.command()(instances.wait)
 app.command()(copy.cp)
+snapshots.app.command()(moving.verify)
+snapshots.app.command()(moving.compatibility)
+snapshots.app.command()(moving.export)
+snapshots.app.command("import")(moving.import_)
 app.add_typer(snapshots.app, name="snapshot")
 app.add_typer(schedules.app, name="schedule")
 app.add_typer(images.app, name="image")

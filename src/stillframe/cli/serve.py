@@ -93,6 +93,7 @@ def _run_server(settings: Settings) -> None:
             max_snapshots=settings.max_snapshots,
             max_snapshot_bytes=settings.max_snapshot_bytes,
             min_free_bytes=settings.min_free_bytes,
+            max_archive_bytes=settings.max_archive_bytes,
         ),
         ServerOptions(
             listen=settings.listen,

@@ -61,6 +61,7 @@ class Settings:
     max_snapshots: int = 0
     max_snapshot_bytes: int = 0
     min_free_bytes: int = 256 * MIB
+    max_archive_bytes: int = 256 * GIB
 
 
 def _text(value: Any) -> str:
@@ -147,6 +148,7 @@ KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "limits.max_snapshots": ("max_snapshots", _count_or_none),
     "limits.max_snapshot_bytes": ("max_snapshot_bytes", _size_or_none),
     "limits.min_free": ("min_free_bytes", _size_or_none),
+    "limits.max_archive": ("max_archive_bytes", _size),
     "defaults.memory": ("default_memory_bytes", _size),
     "defaults.vcpus": ("default_vcpus", _count),
     "defaults.overlay": ("default_overlay_bytes", _size),

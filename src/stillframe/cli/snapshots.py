@@ -365,7 +365,8 @@ def _table(snapshots: list[dict[str, Any]]) -> None:
                 format_size(s["stored_bytes"]) if s.get("stored_bytes") else None,
                 f"{s['pause_ms']:.0f} ms" if s.get("pause_ms") is not None else None,
                 output.age(s["created_at"]),
-                "pinned" if s.get("pinned") else s.get("expires_at"),
+                "damaged" if s.get("damaged")
+                else "pinned" if s.get("pinned") else s.get("expires_at"),
             )
             for s in snapshots
         ],

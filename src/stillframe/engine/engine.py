@@ -24,6 +24,7 @@ from stillframe.engine.keeping.compression import Compressor
 from stillframe.engine.keeping.expanded import ExpandedImages
 from stillframe.engine.keeping.schedule import Scheduler
 from stillframe.engine.keeping.verbs import KeepingVerbs
+from stillframe.engine.moving.uploads import Uploads
 from stillframe.engine.settings import EngineSettings
 from stillframe.engine.telemetry import count_failures
 from stillframe.engine.verbs import (
@@ -72,6 +73,7 @@ class Engine(KeepingVerbs):
         self.context.expanded = ExpandedImages(self.context)
         self.context.compressor = Compressor(self.context)
         self.scheduler = Scheduler(self.context)
+        self.uploads = Uploads(self.context)
 
     async def open(self) -> None:
         """Recover what an earlier server left, adopt its VMs, and be ready."""
@@ -88,6 +90,7 @@ class Engine(KeepingVerbs):
         await self.context.compressor.close()
         await self.context.expanded.close()
         await self.context.cancel_background()
+        await self.uploads.close()
         await self.context.images.close()
         for live in self.context.live.values():
             if live.connection is not None:

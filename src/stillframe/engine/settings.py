@@ -19,7 +19,8 @@ class EngineSettings:
     ``warm_memory_bytes`` what all warm forks together may hold;
     ``tracker_library`` is preloaded into VMMs so that writes can be tracked (None: they are not).
     ``max_snapshots`` and ``max_snapshot_bytes`` (on disk) are quotas, 0 for none;
-    ``min_free_bytes`` is the space of the data directory's file system that no snapshot may take.
+    ``min_free_bytes`` is the space of the data directory's file system that no snapshot may take;
+    ``max_archive_bytes`` bounds the files of a snapshot that is imported, holes included.
     ``default_compression`` is for snapshots and standby images whose request and instance say
     nothing (None: they stay raw); ``max_concurrent_compressions`` bounds how many are at work.
     """
@@ -45,5 +46,6 @@ class EngineSettings:
     max_snapshots: int = 0
     max_snapshot_bytes: int = 0
     min_free_bytes: int = 256 * MIB
+    max_archive_bytes: int = 256 * GIB
     boot_timeout: float = 120.0
     agent_timeout: float = 30.0

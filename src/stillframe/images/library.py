@@ -13,11 +13,13 @@ import contextlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+
+from pydantic import TypeAdapter
 
 from stillframe.host.files import fsync_directory, fsync_file, remove_tree, storage_errors
 from stillframe.images.base import BASE_CONFIG, find_busybox, write_base_tar
@@ -30,6 +32,7 @@ from stillframe.model.errors import (
     Ambiguous,
     Conflict,
     HostFailure,
+    InvalidRequest,
     NotFound,
     RateLimited,
     StillframeError,
@@ -38,6 +41,8 @@ from stillframe.model.values import Image, ImageConfig, ImageStatus
 
 T = TypeVar("T")
 _DIGEST = re.compile(r"(?:sha256:)?[0-9a-f]{6,64}")
+_CONFIG: TypeAdapter[ImageConfig] = TypeAdapter(ImageConfig)
+_FILES = ("root.squashfs", "config.json")
 _MAX_PULLS, _MAX_AT_ONCE = 32, 2
 _BUSY = (ImageStatus.PENDING, ImageStatus.PULLING, ImageStatus.CONVERTING)
 
@@ -277,22 +282,7 @@ class ImageLibrary:
         return ready
 
     def _load(self, digest: str) -> Image:
-        home = self._home(digest)
-        try:
-            document = json.loads((home / "config.json").read_text())
-            raw = document["config"]
-            config = ImageConfig(
-                tuple(raw["entrypoint"]), tuple(raw["cmd"]), dict(raw["env"]),
-                raw["working_dir"], raw["user"],
-            )  # fmt: skip
-            status = (home / "root.squashfs").stat()
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise HostFailure(f"image {digest} cannot be read", code="damaged") from error
-        made = datetime.fromtimestamp(status.st_mtime, UTC)
-        return Image(
-            document["name"], digest, ImageStatus.READY, made, document["platform"],
-            size_bytes=status.st_size, config=config,
-        )  # fmt: skip
+        return _read(self._home(digest), digest)
 
     @contextlib.contextmanager
     def _recording_failure(self, image: Image) -> Iterator[None]:
@@ -327,7 +317,7 @@ class ImageLibrary:
 
     @contextlib.contextmanager
     def _staging(self) -> Iterator[Path]:
-        staging = self._root / f".new-{secrets.token_hex(8)}"
+        staging = self.new_staging()
         with storage_errors("make an image"):
             staging.mkdir(mode=0o700)
             (staging / "blobs").mkdir(mode=0o700)
@@ -335,6 +325,49 @@ class ImageLibrary:
             yield staging
         finally:
             remove_tree(staging)
+
+    # -- coming along with a snapshot -------------------------------------------------------------
+    def new_staging(self) -> Path:
+        """Where an image may be made; what is left there goes at the next start."""
+        return self._root / f".new-{secrets.token_hex(8)}"
+
+    def stage(self, directory: Path, names: Iterable[str], staging: Path) -> None:
+        """Take an image's files out of ``directory`` into ``staging``, which is made.
+
+        ``adopt`` makes an image of it. Files are durable already; of ``names`` the root disk and
+        its configuration are kept. Raises OSError.
+        """
+        staging.mkdir(mode=0o700)
+        for name in names:
+            if name in _FILES:
+                (directory / name).rename(staging / name)
+            else:
+                (directory / name).unlink()
+        fsync_directory(staging)
+
+    def adopt(self, staging: Path, digest: str) -> Image:
+        """Make an image that came along with a snapshot one of ours, durably.
+
+        It gets the name it had, or one by its digest when that is built in or taken. Nobody can
+        tell whether the digest is right: the caller answers for the sender. Raises InvalidRequest.
+        """
+        home = self._home(digest)
+        try:
+            image = _read(staging, digest)
+            reference = parse_reference(image.name)
+            check_platform(image.platform)
+        except (HostFailure, NotFound) as error:
+            raise InvalidRequest("the configuration of the image cannot be read") from error
+        name = str(reference)
+        if reference.is_builtin or self._records.get(name) is not None or name in self._pulls:
+            name = str(parse_reference(f"local/image-{home.name[:12]}"))
+        with storage_errors("keep an image"):
+            remove_tree(home)
+            staging.rename(home)
+            fsync_directory(self._root)
+        image = replace(image, name=name, created_at=datetime.now(UTC))
+        self._records.put(image)
+        return image
 
     # -- ending -----------------------------------------------------------------------------------
     def delete(self, reference: str) -> None:
@@ -369,10 +402,25 @@ def _build(staging: Path, layered: LayeredImage | None) -> tuple[str, ImageConfi
     return layered.digest or digest, layered.config
 
 
+def _read(home: Path, digest: str) -> Image:
+    """The image that lies in a directory. Raises HostFailure."""
+    try:
+        document = json.loads((home / "config.json").read_text())
+        config = _CONFIG.validate_python(document["config"])
+        status = (home / "root.squashfs").stat()
+        name, platform = str(document["name"]), str(document["platform"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise HostFailure(f"image {digest} cannot be read", code="damaged") from error
+    made = datetime.fromtimestamp(status.st_mtime, UTC)
+    return Image(
+        name, digest, ImageStatus.READY, made, platform, size_bytes=status.st_size, config=config
+    )
+
+
 def _publish(staging: Path, home: Path) -> None:
     """Make the new image durable, then visible by one rename."""
     remove_tree(staging / "blobs")
-    for name in ("root.squashfs", "config.json"):
+    for name in _FILES:
         fsync_file(staging / name)
     fsync_directory(staging)
     if not (home / "root.squashfs").is_file():

@@ -190,6 +190,7 @@ class Snapshot:
     ``compression`` is the effective configuration, None while the memory is not to be compressed;
     the compressed and uncompressed sizes are those of the memory, known once it is compressed.
     A ``pinned`` one is deleted by a person with force only, never because it expired.
+    ``damaged`` says what the last verification found damaged (None: nothing, or it was none).
     """
 
     id: str
@@ -215,6 +216,7 @@ class Snapshot:
     description: str | None = None
     expires_at: datetime | None = None
     pinned: bool = False
+    damaged: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

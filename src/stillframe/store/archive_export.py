@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -100,17 +100,6 @@ def export(
         trailer = TRAILER.pack(position.records, position.data, position.link)
         yield _header(Part.TRAILER, RAW, trailer, len(trailer), 0).encode(position.link)
         yield trailer
-
-
-def from_offset(stream: Iterable[bytes], offset: int) -> Iterator[bytes]:
-    """A stream without its first ``offset`` bytes. Raises InvalidRequest when it has no more."""
-    skip = offset
-    for data in stream:
-        if skip < len(data):
-            yield data[skip:] if skip else data
-        skip = max(0, skip - len(data))
-    if skip:
-        raise InvalidRequest(f"the archive has no byte {offset}", size=offset - skip)
 
 
 @dataclass(frozen=True, slots=True)

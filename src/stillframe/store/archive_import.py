@@ -133,6 +133,26 @@ class Importer:
         """Bytes of all files, as the manifest says; 0 before it has come."""
         return self._size
 
+    @property
+    def documents_complete(self) -> bool:
+        """Whether all documents have come: what follows are tables and contents."""
+        return self.position.part > max(DOCUMENTS)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest; empty before it has come."""
+        return self._manifest
+
+    @property
+    def about(self) -> dict[str, Any] | None:
+        """What the archive says about the snapshot, if it has come."""
+        return self._about
+
+    @property
+    def image(self) -> dict[str, Any] | None:
+        """The manifest of the image that comes along, if it has come."""
+        return self._image
+
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the stream, in pieces of any length.
 

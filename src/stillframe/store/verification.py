@@ -13,12 +13,12 @@ import random
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from stillframe.host.files import data_extents, open_regular, read_exactly
 from stillframe.host.threads import in_order
 from stillframe.model.errors import DamagedData, NotFound
 from stillframe.model.units import MIB
+from stillframe.model.verification import Damage, Depth, Verification
 from stillframe.store.digests import (
     DIGEST,
     span_digests,
@@ -32,51 +32,10 @@ from stillframe.store.paths import Payload
 from stillframe.store.payloads import check_content, open_content
 from stillframe.store.readers import Reader
 
+__all__ = ["Damage", "Depth", "Verification", "verify"]
+
 _FULL_UNIT, _SAMPLE_UNIT = 8 * MIB, MIB
 _MAX_RANGES = 1000  # so many places are named; the bytes are counted beyond
-
-
-class Depth(StrEnum):
-    """How much is read."""
-
-    MANIFEST = "manifest"  # sizes, small files, digest tables
-    SAMPLE = "sample"  # and a random share of the data
-    FULL = "full"  # and all of it
-
-
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """A damaged place: ``offset`` and ``length`` in bytes of the content of ``file``.
-
-    For a compressed memory image they are bytes of the image; ``reason`` names the stored file.
-    """
-
-    file: str
-    offset: int
-    length: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """What was found so far: bytes checked and to be checked, seconds, and the damage.
-
-    ``damaged_bytes`` counts all damage, ``damage`` names the first places. ``unchecked`` are files
-    for which the manifest has no digest (format 1).
-    """
-
-    depth: Depth
-    checked_bytes: int
-    total_bytes: int
-    seconds: float
-    damage: tuple[Damage, ...]
-    damaged_bytes: int
-    unchecked: tuple[str, ...]
-
-    @property
-    def bytes_per_second(self) -> float:
-        """How fast it went."""
-        return self.checked_bytes / self.seconds if self.seconds else 0.0
 
 
 @dataclass(slots=True)

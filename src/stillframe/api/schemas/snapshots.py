@@ -144,7 +144,7 @@ class SnapshotAnswer(Answer):
     """A snapshot. Fields after ``uncompressed_size_bytes`` are Stillframe's own.
 
     Sizes are bytes; ``stored_bytes`` is what the payload takes on disk, ``pause_ms`` how long the
-    guest stood still, ``timings_ms`` where the time went.
+    guest stood still, ``timings_ms`` where the time went, ``damaged`` what a verification found.
     """
 
     id: str
@@ -168,6 +168,7 @@ class SnapshotAnswer(Answer):
     description: str | None = None
     expires_at: datetime | None = None
     pinned: bool = False
+    damaged: str | None = None
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> SnapshotAnswer:
@@ -194,4 +195,5 @@ class SnapshotAnswer(Answer):
             description=snapshot.description,
             expires_at=utc(snapshot.expires_at),
             pinned=snapshot.pinned,
+            damaged=snapshot.damaged,
         )

@@ -34,7 +34,7 @@ def edit_snapshot(context: Context, snapshot_id: str, changes: SnapshotChanges) 
     if "tags" in changes:
         changed["tags"] = check_tags(changes["tags"])
     if "description" in changes:
-        changed["description"] = _checked_description(changes["description"])
+        changed["description"] = check_description(changes["description"])
     if "expires_at" in changes:
         changed["expires_at"] = _checked_expiry(context, changes["expires_at"])
     if "pinned" in changes:
@@ -65,7 +65,8 @@ def _name_taken(name: str) -> Conflict:
     )
 
 
-def _checked_description(text: str | None) -> str | None:
+def check_description(text: str | None) -> str | None:
+    """The description, None for an empty one. Raises InvalidRequest."""
     if not text:
         return None
     if len(text) > MAX_DESCRIPTION:

@@ -5,7 +5,7 @@ Sizes are bytes. Every verb raises only StillframeError (or CancelledError).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol, TypedDict
@@ -13,6 +13,7 @@ from typing import Protocol, TypedDict
 from stillframe.model.lineage import Lineage, Relative
 from stillframe.model.schedules import Schedule, ScheduleRequest
 from stillframe.model.values import Snapshot
+from stillframe.model.verification import Depth, Verification
 
 
 class SnapshotChanges(TypedDict, total=False):
@@ -116,6 +117,39 @@ class HostResources:
     shares: tuple[InstanceShare, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Compatibility:
+    """Whether a snapshot can be forked here. ``reasons`` say why not, or what it needs."""
+
+    fork: bool
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UploadStatus:
+    """How far an import with a name has come: bytes taken in, and the snapshot when it is whole."""
+
+    offset: int
+    snapshot_id: str | None = None
+
+
+class ExportedArchive(Protocol):
+    """The archive of a snapshot as it is being made: its bytes, from the offset asked for.
+
+    ``tag`` names the content of the whole archive: two with equal tags are equal. Iterating raises
+    DamagedData when damage is found; what has come until then is no whole archive.
+    """
+
+    snapshot: Snapshot
+    tag: str
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        """The bytes, in pieces of about 1 MiB."""
+
+    async def close(self) -> None:
+        """Close its files. Idempotent; due also when nothing was read."""
+
+
 class KeepingInterface(Protocol):
     """Editing, deleting, scheduling and weighing snapshots; the host's resources."""
 
@@ -154,3 +188,42 @@ class KeepingInterface(Protocol):
 
     async def resources(self) -> HostResources:
         """What the host has, and who has it."""
+
+    async def verify_snapshot(self, snapshot_id: str, depth: Depth) -> Verification:
+        """Verify what is stored, locate damage, mark the snapshot by it. Raises NotFound."""
+
+    async def compatibility(self, snapshot_id: str) -> Compatibility:
+        """Whether a snapshot can be forked on this host, and why not. Raises NotFound."""
+
+    async def export_snapshot(
+        self, snapshot_id: str, *, image: bool = False, offset: int = 0, tag: str | None = None
+    ) -> ExportedArchive:
+        """The archive of a snapshot from byte ``offset`` on, with its ``image`` if wanted.
+
+        Its first bytes are checked on return. With ``tag`` it must be that same archive. Raises
+        NotFound, DamagedData, Conflict (tag), InvalidRequest (offset).
+        """
+
+    async def import_snapshot(
+        self,
+        chunks: AsyncIterator[bytes],
+        *,
+        name: str | None = None,
+        allow_foreign: bool = False,
+        add_image: bool = True,
+        upload: str | None = None,
+        offset: int = 0,
+    ) -> Snapshot:
+        """A new snapshot from the bytes of an archive; durable on return.
+
+        ``allow_foreign`` keeps memory that cannot run here; ``add_image`` allows the image that
+        comes along to be added if it is not here. Raises InvalidRequest (damaged, unknown, too
+        large), Forbidden (image), Conflict (name, image, foreign, quota), StorageFull, and what
+        ``chunks`` raises; then nothing of it is left.
+
+        With ``upload``, an id the caller chose, what has come stays for a while when ``chunks``
+        fails, and another call goes on at ``offset``; Conflict when that is not the next byte.
+        """
+
+    def upload_status(self, upload: str) -> UploadStatus:
+        """How far such an import has come. Raises NotFound."""

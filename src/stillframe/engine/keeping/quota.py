@@ -14,6 +14,8 @@ from stillframe.model.states import InstanceState
 from stillframe.model.units import format_size
 from stillframe.model.values import Instance
 
+_MAKING = ("snapshot", "import snapshot")
+
 
 def check_room(context: Context, expected_bytes: int) -> None:
     """Return if a snapshot of about ``expected_bytes`` on disk may be taken; touches nothing.
@@ -21,10 +23,10 @@ def check_room(context: Context, expected_bytes: int) -> None:
     Raises InsufficientResources beyond a quota, StorageFull when less than ``min_free_bytes``
     would stay free; message and facts bear the figures.
     """
-    settings, used = context.settings, stored_bytes(context)
+    settings = context.settings
     count = len(context.records.snapshots) + sum(
         # A live fork's capture is no snapshot that stays: its intent names none.
-        intent.verb == "snapshot" and "name" in intent.facts
+        intent.verb in _MAKING and "name" in intent.facts
         for intent in context.records.intents.values()
     )
     if 0 < settings.max_snapshots <= count:
@@ -34,6 +36,15 @@ def check_room(context: Context, expected_bytes: int) -> None:
             snapshots=count,
             max_snapshots=settings.max_snapshots,
         )
+    check_space(context, expected_bytes)
+
+
+def check_space(context: Context, expected_bytes: int, written_bytes: int = 0) -> None:
+    """Return if ``expected_bytes`` more may be written of a snapshot, of which some are written.
+
+    Raises as ``check_room``, but for the number of snapshots.
+    """
+    settings, used = context.settings, stored_bytes(context) + written_bytes
     if settings.max_snapshot_bytes and used + expected_bytes > settings.max_snapshot_bytes:
         raise InsufficientResources(
             f"the snapshots take {format_size(used)} and this one about "

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 from stillframe.engine.context import Context
-from stillframe.engine.keeping import edit, lineage, resources, retain
+from stillframe.engine.keeping import edit, lineage, resources, retain, verify
 from stillframe.engine.keeping.interface import (
+    Compatibility,
     DeletionPreview,
+    ExportedArchive,
     HostResources,
     RetentionPlan,
     SnapshotChanges,
+    UploadStatus,
 )
 from stillframe.engine.keeping.schedule import Scheduler
+from stillframe.engine.moving import arrival, compatibility, export
+from stillframe.engine.moving.uploads import Uploads
+from stillframe.model.errors import InvalidRequest
 from stillframe.model.lineage import Lineage, Relative
 from stillframe.model.schedules import Schedule, ScheduleRequest
 from stillframe.model.values import Snapshot
+from stillframe.model.verification import Depth, Verification
 
 
 class KeepingVerbs:
-    """A base of ``Engine``, which gives it a context and a scheduler."""
+    """A base of ``Engine``, which gives it a context, a scheduler and the uploads."""
 
     context: Context
     scheduler: Scheduler
+    uploads: Uploads
 
     def edit_snapshot(self, snapshot_id: str, changes: SnapshotChanges) -> Snapshot:
         """Change the words beside a snapshot."""
@@ -68,3 +78,41 @@ class KeepingVerbs:
     async def resources(self) -> HostResources:
         """What the host has, and who has it."""
         return await resources.resources(self.context)
+
+    async def verify_snapshot(self, snapshot_id: str, depth: Depth) -> Verification:
+        """Verify what is stored, locate damage, mark the snapshot by it."""
+        return await verify.verify_snapshot(self.context, snapshot_id, depth)
+
+    async def compatibility(self, snapshot_id: str) -> Compatibility:
+        """Whether a snapshot can be forked on this host, and why not."""
+        return await compatibility.compatibility(self.context, snapshot_id)
+
+    async def export_snapshot(
+        self, snapshot_id: str, *, image: bool = False, offset: int = 0, tag: str | None = None
+    ) -> ExportedArchive:
+        """The archive of a snapshot from byte ``offset`` on, with its ``image`` if wanted."""
+        return await export.export_snapshot(
+            self.context, snapshot_id, image=image, offset=offset, tag=tag
+        )
+
+    async def import_snapshot(
+        self,
+        chunks: AsyncIterator[bytes],
+        *,
+        name: str | None = None,
+        allow_foreign: bool = False,
+        add_image: bool = True,
+        upload: str | None = None,
+        offset: int = 0,
+    ) -> Snapshot:
+        """A new snapshot from the bytes of an archive; durable on return."""
+        wishes = arrival.ImportWishes(name, allow_foreign, add_image)
+        if upload is not None:
+            return await self.uploads.take(upload, offset, chunks, wishes)
+        if offset:
+            raise InvalidRequest("an import at an offset must say of which upload")
+        return await arrival.import_snapshot(self.context, chunks, wishes)
+
+    def upload_status(self, upload: str) -> UploadStatus:
+        """How far such an import has come."""
+        return self.uploads.status(upload)

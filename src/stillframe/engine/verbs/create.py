@@ -77,7 +77,8 @@ def _checked(context: Context, request: CreateRequest) -> Instance:
         raise InvalidRequest(
             f"vcpus must be 1 to {settings.max_vcpus}, not {vcpus}", limit=settings.max_vcpus
         )
-    _check_text(request)
+    check_environment(request.env)
+    check_command_text(request.entrypoint, request.cmd)
     if memory > _host_memory():
         raise InsufficientResources(
             f"the guest wants {format_size(memory)}, this host has {format_size(_host_memory())}",
@@ -126,9 +127,9 @@ def check_environment(env: Mapping[str, str] | None) -> None:
             raise InvalidRequest(f"invalid environment variable {key[:40]!r}")
 
 
-def _check_text(request: CreateRequest) -> None:
-    check_environment(request.env)
-    parts = [*(request.entrypoint or ()), *(request.cmd or ())]
+def check_command_text(entrypoint: Sequence[str] | None, cmd: Sequence[str] | None) -> None:
+    """Raises InvalidRequest for a command that no process could be given."""
+    parts = [*(entrypoint or ()), *(cmd or ())]
     if any("\0" in part for part in parts):
         raise InvalidRequest("a command cannot contain NUL")
 

@@ -17,6 +17,7 @@ from typing import Any
 from stillframe.engine.capture import capture
 from stillframe.engine.context import Context, Phases
 from stillframe.engine.interface import ForkOutcome, ForkRequest
+from stillframe.engine.keeping.verify import refuse_damaged
 from stillframe.engine.loaded import run_loaded
 from stillframe.engine.machines import boot_and_commit, end
 from stillframe.engine.telemetry import Operation
@@ -106,6 +107,7 @@ async def fork_many(
     Raises NotFound, DamagedData: then there is none.
     """
     async with context.using(snapshot_id) as snapshot:
+        refuse_damaged(snapshot)
         payload = context.data.snapshot(snapshot_id)
         checked = asyncio.ensure_future(asyncio.to_thread(check, payload))
         try:

@@ -70,7 +70,7 @@ def _undo_files(context: Context, intent: Intent) -> None:
     match intent.verb:
         case "create" | "fork" | "delete":
             remove_tree(data.instance(subject).directory)
-        case "snapshot":
+        case "snapshot" | "import snapshot":
             remove_tree(data.snapshot_new(subject).directory)
             remove_tree(data.snapshot(subject).directory)
         case "delete snapshot":

@@ -12,6 +12,7 @@ import os
 from dataclasses import replace
 
 from stillframe.engine.context import Context, Phases
+from stillframe.engine.keeping.verify import refuse_damaged
 from stillframe.engine.loaded import run_loaded
 from stillframe.engine.machines import boot_and_commit, end
 from stillframe.engine.telemetry import Operation
@@ -58,6 +59,7 @@ async def restore_snapshot(
         target = target_of(snapshot.kind, target_state)
         hypervisor = await target_hypervisor_of(context, snapshot, target_hypervisor)
         permission(Verb.RESTORE_SNAPSHOT, instance.state)
+        refuse_damaged(snapshot)
         payload = context.data.snapshot(snapshot_id)
         await asyncio.to_thread(check, payload)
         restored = _restored(context, instance, snapshot, hypervisor)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from stillframe.engine.context import Context, Phases
 from stillframe.engine.interface import ForkRequest, WarmStatus
+from stillframe.engine.keeping.verify import refuse_damaged
 from stillframe.engine.loaded import let_run, load_paused
 from stillframe.engine.machines import end
 from stillframe.engine.telemetry import Operation
@@ -241,6 +242,7 @@ class WarmForks:
 
     async def _make(self, snapshot: Snapshot) -> WarmFork:
         context, phases = self._context, Phases()
+        refuse_damaged(snapshot)
         payload = context.data.snapshot(snapshot.id)
         source = Source(snapshot.template, payload.overlay, payload, snapshot.id)
         child = child_of(context, source, ForkRequest(""))

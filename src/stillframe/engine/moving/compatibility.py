@@ -1,0 +1,75 @@
+"""Whether a snapshot can be forked on this host, and if not, why: asked before anything is tried.
+
+Memory runs only under the hypervisor, version and accelerator that it was captured with, and with
+the same kernel and initrd. A disk runs anywhere.
+"""
+
+from __future__ import annotations
+
+from stillframe.engine.context import Context
+from stillframe.engine.keeping.interface import Compatibility
+from stillframe.model.errors import MissingComponent, NotFound, NotSupported, StillframeError
+from stillframe.model.values import Hypervisor, Instance, Snapshot, SnapshotKind
+
+
+async def compatibility(context: Context, snapshot_id: str) -> Compatibility:
+    """Whether the snapshot can be forked here, with reasons. Raises NotFound."""
+    snapshot = context.snapshot(snapshot_id)
+    against = [] if snapshot.damaged is None else [f"it is damaged: {snapshot.damaged}"]
+    try:
+        context.images.by_digest(snapshot.template.image_digest)
+    except NotFound:
+        against.append(f"its image {snapshot.template.image} is not here")
+    machine, advice = await machine_reasons(context, snapshot)
+    against += machine
+    return Compatibility(fork=not against, reasons=(*against, *advice))
+
+
+async def machine_reasons(context: Context, snapshot: Snapshot) -> tuple[list[str], list[str]]:
+    """Why this host's hypervisors cannot run the snapshot, and advice for where they can."""
+    if snapshot.kind is SnapshotKind.STANDBY:
+        return await _memory_reasons(context, snapshot.template), []
+    available = [
+        driver.hypervisor.value
+        for driver in context.drivers.values()
+        if (await driver.probe()).available
+    ]
+    wanted = snapshot.source_hypervisor.value
+    if not available:
+        return ["no hypervisor is available"], []
+    if wanted in available:
+        return [], []
+    return [], [f"{wanted} is not available: fork it with target_hypervisor {available[0]}"]
+
+
+async def _memory_reasons(context: Context, template: Instance) -> list[str]:
+    hypervisor = template.hypervisor.value
+    try:
+        _, probe = await context.available_driver(template.hypervisor)
+    except NotSupported as error:
+        return [error.message]
+    reasons = [
+        f"its memory was captured with {hypervisor} {what} {then or 'unknown'}, "
+        f"this host has {here or 'none'}"
+        for what, then, here in (
+            ("version", template.hypervisor_version, probe.version),
+            ("accelerator", template.accelerator, probe.accelerator),
+        )
+        if then != here
+    ]
+    if template.hypervisor is not Hypervisor.FAKE and not await _has_boot_pair(context, template):
+        reasons.append("its memory belongs to a kernel and initrd that are not here")
+    return reasons
+
+
+async def _has_boot_pair(context: Context, template: Instance) -> bool:
+    try:
+        await context.boot_pair(template.boot)
+    except MissingComponent:
+        try:  # never needed here so far: ours may be the same
+            return (await context.boot_pair()).digest == template.boot
+        except StillframeError:
+            return False
+    except StillframeError:
+        return False
+    return True

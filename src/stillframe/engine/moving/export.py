@@ -1,0 +1,150 @@
+"""Export: a snapshot as one stream of bytes; and what the archive says about the snapshot."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncIterator, Generator, Iterator
+from dataclasses import replace
+from typing import Any
+
+from blake3 import blake3
+
+import stillframe
+from stillframe.engine.context import Context
+from stillframe.engine.keeping.steps import Steps
+from stillframe.engine.keeping.verify import refuse_damaged
+from stillframe.host.files import storage_errors
+from stillframe.model.errors import Conflict, InvalidRequest
+from stillframe.model.units import MIB
+from stillframe.model.values import CompressionState, Snapshot
+from stillframe.store.archive import HEAD
+from stillframe.store.archive_export import ImageParts, export
+from stillframe.store.manifest import MAX_MANIFEST, read_small
+from stillframe.store.paths import Payload
+from stillframe.store.records import to_json
+
+_PIECE = MIB  # bytes read in one step
+
+
+class Archive:
+    """An archive on its way out. Implements ``ExportedArchive``."""
+
+    def __init__(self, snapshot: Snapshot, tag: str, stream: Generator[bytes]) -> None:
+        self.snapshot, self.tag = snapshot, tag
+        self._stream, self._steps = stream, Steps()
+        self._ahead: bytes | None = None
+
+    async def open(self) -> None:
+        """Open all files and check the first bytes. Raises what ``export`` raises."""
+        self._ahead = await self._read()
+
+    async def skip(self, offset: int) -> None:
+        """Go on from byte ``offset``; all before it is made again, and checked.
+
+        Raises InvalidRequest when there are not so many, and what ``export`` raises.
+        """
+        left = offset
+        while left:
+            piece = self._ahead or b""
+            if not piece:
+                raise InvalidRequest(f"the archive has no byte {offset}", size=offset - left)
+            if left < len(piece):
+                self._ahead = piece[left:]
+                return
+            left -= len(piece)
+            self._ahead = await self._read()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """The bytes, in pieces of about 1 MiB."""
+        piece, self._ahead = self._ahead, None
+        while piece:
+            yield piece
+            piece = await self._read()
+
+    async def close(self) -> None:
+        """Close its files, after the step under way. Idempotent."""
+        await self._steps.run(self._stream.close)
+
+    async def _read(self) -> bytes:
+        with storage_errors("read the snapshot"):
+            return await self._steps.run(_take, self._stream)
+
+
+def _take(stream: Iterator[bytes]) -> bytes:
+    """The next bytes of the stream, empty at its end."""
+    piece = bytearray()
+    for data in stream:
+        piece += data
+        if len(piece) >= _PIECE:
+            break
+    return bytes(piece)
+
+
+async def export_snapshot(
+    context: Context,
+    snapshot_id: str,
+    *,
+    image: bool = False,
+    offset: int = 0,
+    tag: str | None = None,
+) -> Archive:
+    """The archive of a snapshot from ``offset`` on; its files are open, its first bytes checked.
+
+    From then on the snapshot may be deleted. Raises NotFound (its image too), DamagedData, Conflict
+    when ``tag`` names another archive, InvalidRequest for an offset beyond the end.
+    """
+    async with contextlib.AsyncExitStack() as undo:
+        async with context.using(snapshot_id) as snapshot:
+            refuse_damaged(snapshot)
+            payload, parts = context.data.snapshot(snapshot_id), None
+            if image:
+                parts = _image_of(context, snapshot)
+            about = about_of(snapshot)
+            present = _tag(payload, about, parts)
+            if tag not in (None, present):
+                raise Conflict(
+                    "the snapshot's archive is another one by now",
+                    hint="begin from the start",
+                    tag=present,
+                )
+            archive = Archive(snapshot, present, export(payload, about=about, image=parts))
+            undo.push_async_callback(archive.close)
+            await archive.open()
+        await archive.skip(offset)
+        undo.pop_all()
+    return archive
+
+
+def _image_of(context: Context, snapshot: Snapshot) -> ImageParts:
+    digest = snapshot.template.image_digest
+    root = context.images.root_disk(digest)
+    return ImageParts(digest, {p.name: p for p in (root, root.parent / "config.json")})
+
+
+def about_of(snapshot: Snapshot) -> dict[str, Any]:
+    """What the archive says about the snapshot: its record less what belongs to this server."""
+    told = replace(
+        snapshot,
+        warm_count=0,
+        expires_at=None,
+        pinned=False,
+        damaged=None,
+        stored_bytes=0,
+        compression=None,
+        compression_state=CompressionState.NONE,
+        compression_error=None,
+        compressed_size_bytes=None,
+        uncompressed_size_bytes=None,
+        template=replace(snapshot.template, process=None, state_error=None),
+    )
+    return {"snapshot": json.loads(to_json(told))}
+
+
+def _tag(payload: Payload, about: dict[str, Any], image: ImageParts | None) -> str:
+    """What the whole stream follows from, as one word."""
+    digest = blake3(HEAD + stillframe.__version__.encode() + b"\0")
+    digest.update(read_small(payload.manifest, MAX_MANIFEST))
+    digest.update(json.dumps(about, sort_keys=True).encode())
+    digest.update(b"\0" + (image.digest if image is not None else "").encode())
+    return digest.hexdigest(32)[:32]

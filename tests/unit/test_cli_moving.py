@@ -1,0 +1,163 @@
+"""Exports and imports by the command line over a connection that breaks."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from stillframe.cli.main import app
+from stillframe.model.errors import HostFailure, StillframeError
+
+DATA = bytes(range(256)) * 5000
+SNAPSHOT = {
+    "id": "s" * 24, "name": "ready", "kind": "Standby", "source_instance_name": "web",
+    "size_bytes": 4096, "created_at": "2026-01-02T03:04:05Z",
+}  # fmt: skip
+
+
+class Shaky:
+    """A server that hangs up after ``patience`` bytes of an archive, either way.
+
+    ``wrong`` is the answer to whoever comes back.
+    """
+
+    def __init__(self, patience: int = 400_000) -> None:
+        self.patience, self.wrong = patience, False
+        self.received = bytearray()
+        self.asked: list[tuple[str, dict[str, str], str | None]] = []
+        shaky = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def query(self) -> dict[str, str]:
+                url = urlsplit(self.path)
+                values = {key: value[0] for key, value in parse_qs(url.query).items()}
+                shaky.asked.append((url.path, values, self.headers.get("if-match")))
+                return values
+
+            def answer(self, status: int, value: Any) -> None:
+                data = json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def do_GET(self) -> None:
+                query = self.query()
+                path = urlsplit(self.path).path
+                if path == "/snapshots":
+                    self.answer(200, [SNAPSHOT])
+                elif path.startswith("/snapshots/import/"):
+                    self.answer(200, {"offset": len(shaky.received)})
+                elif shaky.wrong and query["offset"] != "0":
+                    self.answer(500, {"code": "damaged", "message": "memory is damaged"})
+                else:
+                    self.archive(DATA[int(query["offset"]) :])
+
+            def archive(self, rest: bytes) -> None:
+                self.send_response(200)
+                self.send_header("content-length", str(len(rest)))
+                self.send_header("etag", '"tag"')
+                self.end_headers()
+                self.wfile.write(rest[: shaky.patience])
+                self.close_connection = True
+
+            def do_POST(self) -> None:
+                offset = int(self.query()["offset"])
+                assert offset == len(shaky.received)
+                until = offset + shaky.patience
+                while length := int(self.rfile.readline(), 16):
+                    shaky.received += self.rfile.read(length)
+                    self.rfile.readline()
+                    if len(shaky.received) > until:
+                        self.close_connection = True
+                        return
+                self.answer(201, SNAPSHOT)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Keep quiet."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def paths(self, path: str) -> list[tuple[dict[str, str], str | None]]:
+        """The queries and tags of the requests for a path."""
+        return [(query, tag) for asked, query, tag in self.asked if asked == path]
+
+
+@pytest.fixture
+def shaky() -> Iterator[Shaky]:
+    shaky = Shaky()
+    thread = threading.Thread(target=shaky.server.serve_forever)
+    thread.start()
+    yield shaky
+    shaky.server.shutdown()
+    thread.join()
+    shaky.server.server_close()
+
+
+def run(shaky: Shaky, *arguments: str) -> Result:
+    return CliRunner().invoke(app, ["--url", shaky.url, "--token", "t", "snapshot", *arguments])
+
+
+def test_an_export_goes_on_where_it_broke(shaky: Shaky, tmp_path: Path) -> None:
+    file = tmp_path / "archive"
+    done = run(shaky, "export", "ready", str(file), "--image")
+    assert done.exit_code == 0, done.output
+    assert file.read_bytes() == DATA
+    asked = shaky.paths(f"/snapshots/{SNAPSHOT['id']}/export")
+    assert len(asked) == 4
+    assert asked[0] == ({"image": "true", "offset": "0"}, None)
+    assert {tag for _, tag in asked[1:]} == {'"tag"'}
+    assert [int(query["offset"]) for query, _ in asked] == [0, 400_000, 800_000, 1_200_000]
+
+
+def test_what_the_server_says_of_damage_is_told_and_nothing_is_left(
+    shaky: Shaky, tmp_path: Path
+) -> None:
+    shaky.wrong = True
+    done = run(shaky, "export", "ready", str(tmp_path / "archive"))
+    assert isinstance(done.exception, StillframeError)
+    assert done.exception.message == "memory is damaged"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_gets_nowhere_ends(shaky: Shaky, tmp_path: Path) -> None:
+    shaky.patience = 0
+    done = run(shaky, "export", "ready", str(tmp_path / "archive"))
+    assert isinstance(done.exception, HostFailure)
+    assert list(tmp_path.iterdir()) == []
+    assert len(shaky.paths(f"/snapshots/{SNAPSHOT['id']}/export")) == 1
+
+
+def test_an_import_goes_on_where_it_broke(shaky: Shaky, tmp_path: Path) -> None:
+    file = tmp_path / "archive"
+    file.write_bytes(DATA * 3)
+    done = run(shaky, "import", str(file), "--name", "copy", "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert bytes(shaky.received) == DATA * 3
+    asked = [query for query, _ in shaky.paths("/snapshots/import")]
+    assert len(asked) > 1
+    assert {query["name"] for query in asked} == {"copy"}
+    assert len({query["upload"] for query in asked}) == 1
+
+
+def test_stdin_and_stdout_will_do(shaky: Shaky) -> None:
+    shaky.patience = len(DATA) * 2
+    done = run(shaky, "export", "ready", "-")
+    assert done.stdout_bytes == DATA
+    sent = CliRunner().invoke(
+        app, ["--url", shaky.url, "--token", "t", "snapshot", "import", "-"], input=DATA
+    )
+    assert sent.exit_code == 0, sent.exception
+    assert bytes(shaky.received) == DATA
