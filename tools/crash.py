@@ -107,9 +107,11 @@ def _many() -> None:
             if how_many:
                 make_many(Path(directory) / "data", how_many)
             with running_world(Path(directory)) as world:
-                began = time.perf_counter()
-                found = world.must("GET", "/snapshots?tags[number]=7")
-                took = (time.perf_counter() - began) * 1000
+                took = 0.0
+                for _ in range(2):  # the first request of a server loads more of the program
+                    began = time.perf_counter()
+                    found = world.must("GET", "/snapshots?tags[number]=7")
+                    took = (time.perf_counter() - began) * 1000
         console.print(
             f"{how_many} snapshots: start {world.slowest_start:.2f} s, "
             f"list with a filter {took:.0f} ms ({len(found)} found)"

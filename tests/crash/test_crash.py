@@ -16,7 +16,7 @@ from crash.harness import Bench, open_bench, try_verb
 from crash.injection import Fault
 from crash.many import make_many
 from crash.random_kills import kill_at_random
-from crash.verbs import VERBS, Verb
+from crash.verbs import VERBS
 from crash.world import running_world
 
 VERB = {verb.name: verb for verb in VERBS}
@@ -132,9 +132,12 @@ def test_f44_a_commit_whose_fsync_failed_is_not_found_done_after_a_crash(bench: 
     assert tally.points == 2
 
 
-@pytest.mark.parametrize("verb", VERBS, ids=[verb.name for verb in VERBS])
-def test_every_verb_survives_a_kill_in_its_middle(bench: Bench, verb: Verb) -> None:
-    tally = try_verb(bench, verb, Fault.KILL, points=[17])
+OTHERS = [name for name in VERB if name not in {verb for verb, _, _ in KILLS.values()}]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_verb_survives_a_kill_in_its_middle(bench: Bench, name: str) -> None:
+    tally = try_verb(bench, VERB[name], Fault.KILL, points=[17])
     assert tally.failures == []
     assert tally.points == 1
 
