@@ -13,6 +13,7 @@ points tried; exit code 1 if anything failed.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -44,6 +45,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--many", action="store_true", help="only start and list with many records")
     wanted = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers and VMs go on every way out
     if wanted.random:
         return _random(wanted.random, wanted.seed)
     if not wanted.many and not _all_points(
