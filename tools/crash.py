@@ -45,7 +45,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--many", action="store_true", help="only start and list with many records")
     wanted = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers and VMs go on every way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that all is cleaned up
     if wanted.random:
         return _random(wanted.random, wanted.seed)
     if not wanted.many and not _all_points(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,8 +152,8 @@ def test_a_thousand_snapshots_do_not_hold_up_a_start(tmp_path: Path) -> None:
     make_many(tmp_path / "data", 1000)
     with running_world(tmp_path) as world:
         assert len(world.must("GET", "/snapshots")) == 1000
-        first = world.slowest_start  # this one loaded the program, too
-        world.restart()
-        assert first < 5  # seconds, what is promised
+        began = time.monotonic()
+        world.restart()  # the first start loaded the program, too
+        assert time.monotonic() - began < 5  # seconds: what is promised
         (found,) = world.must("GET", "/snapshots?tags[number]=7")
         assert found["name"] == "snapshot-7"
