@@ -13,6 +13,7 @@ points tried; exit code 1 if anything failed.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -44,6 +45,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--many", action="store_true", help="only start and list with many records")
     wanted = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that all is cleaned up
     if wanted.random:
         return _random(wanted.random, wanted.seed)
     if not wanted.many and not _all_points(
@@ -107,9 +109,11 @@ def _many() -> None:
             if how_many:
                 make_many(Path(directory) / "data", how_many)
             with running_world(Path(directory)) as world:
-                began = time.perf_counter()
-                found = world.must("GET", "/snapshots?tags[number]=7")
-                took = (time.perf_counter() - began) * 1000
+                took = 0.0
+                for _ in range(2):  # the first request of a server loads more of the program
+                    began = time.perf_counter()
+                    found = world.must("GET", "/snapshots?tags[number]=7")
+                    took = (time.perf_counter() - began) * 1000
         console.print(
             f"{how_many} snapshots: start {world.slowest_start:.2f} s, "
             f"list with a filter {took:.0f} ms ({len(found)} found)"

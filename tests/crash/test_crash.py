@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from crash.harness import Bench, open_bench, try_verb
 from crash.injection import Fault
 from crash.many import make_many
 from crash.random_kills import kill_at_random
-from crash.verbs import VERBS, Verb
+from crash.verbs import VERBS
 from crash.world import running_world
 
 VERB = {verb.name: verb for verb in VERBS}
@@ -132,9 +133,12 @@ def test_f44_a_commit_whose_fsync_failed_is_not_found_done_after_a_crash(bench: 
     assert tally.points == 2
 
 
-@pytest.mark.parametrize("verb", VERBS, ids=[verb.name for verb in VERBS])
-def test_every_verb_survives_a_kill_in_its_middle(bench: Bench, verb: Verb) -> None:
-    tally = try_verb(bench, verb, Fault.KILL, points=[17])
+OTHERS = [name for name in VERB if name not in {verb for verb, _, _ in KILLS.values()}]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_verb_survives_a_kill_in_its_middle(bench: Bench, name: str) -> None:
+    tally = try_verb(bench, VERB[name], Fault.KILL, points=[17])
     assert tally.failures == []
     assert tally.points == 1
 
@@ -148,8 +152,8 @@ def test_a_thousand_snapshots_do_not_hold_up_a_start(tmp_path: Path) -> None:
     make_many(tmp_path / "data", 1000)
     with running_world(tmp_path) as world:
         assert len(world.must("GET", "/snapshots")) == 1000
-        first = world.slowest_start  # this one loaded the program, too
-        world.restart()
-        assert first < 5  # seconds, what is promised
+        began = time.monotonic()
+        world.restart()  # the first start loaded the program, too
+        assert time.monotonic() - began < 5  # seconds: what is promised
         (found,) = world.must("GET", "/snapshots?tags[number]=7")
         assert found["name"] == "snapshot-7"
