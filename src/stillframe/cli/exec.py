@@ -64,7 +64,7 @@ def exec_(
             if interactive or tty:
                 stack.enter_context(_input(connection, tty=tty, read_stdin=interactive))
             else:
-                connection.send(_END_OF_STDIN)
+                _end_input(connection)
             code = _print_output(connection)
     raise typer.Exit(code)
 
@@ -74,9 +74,17 @@ def run_command(client: Client, instance: str, command: list[str]) -> tuple[int,
     output = bytearray()
     with client.websocket(instance_path(instance, "exec")) as connection:
         connection.send(json.dumps({"command": command, "tty": False, "wait_for_agent": 30}))
-        connection.send(_END_OF_STDIN)
+        _end_input(connection)
         code = _receive(connection, output.extend)
     return code, bytes(output)
+
+
+def _end_input(connection: ClientConnection) -> None:
+    from websockets.exceptions import ConnectionClosed
+
+    # A command that could not be started is over by now; what was said of it is still to be read.
+    with contextlib.suppress(ConnectionClosed):
+        connection.send(_END_OF_STDIN)
 
 
 def _print_output(connection: ClientConnection) -> int:
