@@ -136,9 +136,13 @@ def test_f44_a_commit_whose_fsync_failed_is_not_found_done_after_a_crash(bench: 
 OTHERS = [name for name in VERB if name not in {verb for verb, _, _ in KILLS.values()}]
 
 
+# A call in the middle of each; that of stop comes sooner, it touches less.
+MIDDLE = {"stop": 8}
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_other_verb_survives_a_kill_in_its_middle(bench: Bench, name: str) -> None:
-    tally = try_verb(bench, VERB[name], Fault.KILL, points=[17])
+    tally = try_verb(bench, VERB[name], Fault.KILL, points=[MIDDLE.get(name, 17)])
     assert tally.failures == []
     assert tally.points == 1
 
