@@ -1,7 +1,7 @@
 """Faults in a server's calls on its data directory: a preloaded library, armed from outside.
 
 A library between the server and the C library (``inject.c``) was chosen after trying the others.
-``strace -e inject`` attaches to every thread and takes 20 to 200 ms a point. Wrapping Python's own
+``strace -e inject`` stops every thread at every call. Wrapping Python's own
 calls misses what SQLite writes, and that is where the commits are. This reaches every call of both,
 costs nothing until it is armed, and the product needs no hook for it. VMMs do not inherit it, for
 the server gives them an environment of their own.

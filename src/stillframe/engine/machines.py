@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import secrets
@@ -21,12 +22,19 @@ from stillframe.guest.connection import AgentConnection
 from stillframe.guest.identity import identify
 from stillframe.host.files import create_sparse, storage_errors
 from stillframe.images.boot import BootPair, write_config_disk
-from stillframe.model.errors import DamagedData, GuestFailure, NotSupported, StillframeError
+from stillframe.model.errors import (
+    DamagedData,
+    GuestFailure,
+    NotSupported,
+    StillframeError,
+    VmmFailure,
+)
 from stillframe.model.states import InstanceState
 from stillframe.model.values import Hypervisor, Image, Instance
 from stillframe.store.paths import InstancePaths
 from stillframe.vmm.driver import Disk, Machine, MachineResources, MachineSpec
 
+log = logging.getLogger("stillframe.machines")
 _NO_KERNEL = BootPair(digest="", kernel=Path("/dev/null"), initrd=Path("/dev/null"), arguments="")
 _EXIT_LINE = re.compile(
     rb'STILLFRAME-EXIT nonce=(\w+) code=(-?\d+)(?: message="([^"\n]*)")?', re.MULTILINE
@@ -136,6 +144,13 @@ async def load(context: Context, instance: Instance, devices: Path) -> Machine:
             )
     async with context.starting():
         resources = await resources_of(context, instance, devices)
+        try:
+            return await driver.start(spec_of(instance), resources)
+        except VmmFailure as error:
+            # Seen once in some hundred starts side by side: it ends before its first word.
+            if not error.facts.get("silent"):
+                raise
+            log.warning("%s: %s; starting it once more", instance.id, error)
         return await driver.start(spec_of(instance), resources)
 
 

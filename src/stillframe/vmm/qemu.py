@@ -352,5 +352,5 @@ def _explained(error: VmmFailure, log: Path) -> VmmFailure:
     except OSError:
         words = []
     if not words:
-        return error
+        return VmmFailure(error.message, hint=error.hint, silent=True)
     return VmmFailure(f"{error.message} ({' / '.join(words)})", hint=error.hint)

@@ -115,7 +115,7 @@ async def fork_many(
                 *(_outcome(context, snapshot, request, checked) for request in requests)
             )
         finally:
-            await asyncio.wait([checked])
+            await asyncio.gather(checked, return_exceptions=True)  # warm forks do not ask for it
     return outcomes
 
 
@@ -153,7 +153,7 @@ async def _fork_one(
         replace(snapshot.template, hypervisor=hypervisor), payload.overlay, memory, snapshot.id
     )
     with phases.measure("check"):
-        await checked
+        await asyncio.shield(checked)  # it is the siblings' too
     child = child_of(context, source, request, tags)
     return await _fork(context, source, child, target, phases)
 
