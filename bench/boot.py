@@ -33,8 +33,8 @@ from stillframe.host.watch import file_changes
 from stillframe.images.boot import write_config_disk
 from stillframe.model.states import InstanceState
 from stillframe.model.units import MIB
-from stillframe.vmm.qemu import QemuDriver
-from stillframe.vmm.qemu_command import QemuBuild, command_line
+from stillframe.vmm.qemu.command import QemuBuild, command_line
+from stillframe.vmm.qemu.driver import QemuDriver
 
 ROOT = Path(__file__).resolve().parents[1]
 READY = b"STILLFRAME-AGENT-READY"

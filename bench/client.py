@@ -18,7 +18,7 @@ from urllib.parse import quote, urlsplit
 
 from websockets.sync.client import connect
 
-from stillframe.cli.tokens import mint_token, read_secret
+from stillframe.cli.commands.tokens import mint_token, read_secret
 
 _SECONDS = 600.0
 _ABSENT = (404, 405, 501)

@@ -19,7 +19,7 @@ from stillframe.images.boot import BootPair, load_boot_pair, write_config_disk
 from stillframe.model.units import parse_size
 from stillframe.store.paths import DataDirectory, InstancePaths
 from stillframe.vmm.driver import Disk, MachineResources, MachineSpec
-from stillframe.vmm.qemu_command import QemuBuild, command_line
+from stillframe.vmm.qemu.command import QemuBuild, command_line
 
 _QEMU = shutil.which("qemu-system-x86_64") or "qemu-system-x86_64"
 # What differs between two processes that run the same VM: where, by which descriptors, and who.

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stillframe.cli.client import Client, instance_path
-from stillframe.cli.exec import run_command
+from stillframe.cli.commands.exec import run_command
 from stillframe.model.errors import HostFailure, StillframeError
 
 FORKS = ("fork-1", "fork-2", "fork-3")

@@ -24,8 +24,8 @@ from stillframe.host.orphans import kill_orphans, processes_naming
 from stillframe.images.base import find_busybox
 from stillframe.images.boot import BootPair, build_boot_pair, write_config_disk
 from stillframe.vmm.driver import Disk, Driver, Machine, MachineResources, MachineSpec
-from stillframe.vmm.fake import FakeDriver
-from stillframe.vmm.qemu import QemuDriver
+from stillframe.vmm.fake.driver import FakeDriver
+from stillframe.vmm.qemu.driver import QemuDriver
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL = Path(os.environ.get("STILLFRAME_KERNEL_DIR", ROOT / ".cache/kernel"))

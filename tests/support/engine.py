@@ -14,7 +14,7 @@ from stillframe.host.orphans import kill_orphans, processes_naming
 from stillframe.model.states import InstanceState
 from stillframe.model.units import MIB
 from stillframe.model.values import Hypervisor, Instance
-from stillframe.vmm.fake import FakeDriver
+from stillframe.vmm.fake.driver import FakeDriver
 
 TRACKER = Path(__file__).resolve().parents[2] / "tracker/build/libstillframe-tracker.so"
 

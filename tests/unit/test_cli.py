@@ -16,7 +16,7 @@ import jwt
 import pytest
 
 from stillframe.cli.client import error_from_answer, parse_pairs
-from stillframe.cli.instances import compression_body
+from stillframe.cli.commands.instances import compression_body
 from stillframe.model.errors import InvalidRequest, InvalidState, StorageFull
 
 SECRET = "s" * 64

@@ -33,7 +33,7 @@ from stillframe.store.archive_export import export
 from stillframe.store.archive_import import Importer
 from stillframe.store.manifest import encode_document
 from stillframe.store.records import to_json
-from stillframe.vmm.fake import FakeDriver
+from stillframe.vmm.fake.driver import FakeDriver
 from support.archives import positions
 from support.engine import ask, make_engine, open_engine, running
 from support.moving import DISK, LIVE, archive_of, pieces, remembering, take

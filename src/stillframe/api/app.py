@@ -10,9 +10,11 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from stillframe.api import (
+from stillframe.api import errors
+from stillframe.api.auth import Authenticator
+from stillframe.api.border import Border
+from stillframe.api.routes import (
     copy,
-    errors,
     exec,
     forks,
     images,
@@ -22,8 +24,6 @@ from stillframe.api import (
     snapshots,
     system,
 )
-from stillframe.api.auth import Authenticator
-from stillframe.api.border import Border
 from stillframe.engine.interface import EngineInterface
 from stillframe.model.values import Hypervisor
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
+from stillframe.cli.commands.tokens import mint_token, read_secret
 from stillframe.cli.settings import DEFAULT_LISTEN, Settings, load_settings
-from stillframe.cli.tokens import mint_token, read_secret
 from stillframe.model.errors import (
     Ambiguous,
     Conflict,

@@ -10,8 +10,18 @@ from typing import Annotated
 import typer
 
 import stillframe
-from stillframe.cli import copy, exec, host, images, instances, moving, schedules, serve, snapshots
 from stillframe.cli.client import Client
+from stillframe.cli.commands import (
+    copy,
+    exec,
+    host,
+    images,
+    instances,
+    moving,
+    schedules,
+    serve,
+    snapshots,
+)
 from stillframe.model.errors import StillframeError
 
 app = typer.Typer(

@@ -27,7 +27,7 @@ from blake3 import blake3
 from stillframe.engine.context import Context, LiveInstance, Phases, finish
 from stillframe.host.capture import MemoryCapture
 from stillframe.host.files import clone, copy_into, create_sparse, fsync_data, storage_errors
-from stillframe.host.image import WriteReport, open_private
+from stillframe.host.image import open_private
 from stillframe.host.memory import GuestMemory
 from stillframe.model.errors import VmmFailure
 from stillframe.model.values import Instance
@@ -42,11 +42,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A sealed payload: its size, how long the guest stood still (ms), what was written."""
+    """A sealed payload: its size, and how long the guest stood still (ms)."""
 
     size: PayloadSize
     pause_ms: float
-    report: WriteReport
 
 
 async def capture(
@@ -78,7 +77,7 @@ async def capture(
             pause_ms = await one.pause()
             try:
                 with phases.measure("write_memory"):
-                    report = await one.in_thread(one.after)
+                    await one.in_thread(one.after)
                 with phases.measure("digest"):
                     tables = await one.in_thread(one.digest)
                 with phases.measure("durable"):
@@ -91,7 +90,7 @@ async def capture(
                 raise
         finally:
             await finish(one.close())
-    return Captured(size, pause_ms, report)
+    return Captured(size, pause_ms)
 
 
 class _Capture:
@@ -139,6 +138,10 @@ class _Capture:
 
     def memory_ahead(self) -> None:
         """While the guest runs: the clone of the image below, and what can be copied ahead."""
+        if self._machine.writes_memory:
+            self._live.captured = None
+            clone(self._paths.memory, self._payload.memory)
+            return
         incremental = self._clone_below()
         if not self._context.shares_blocks:  # the clone was a copy: see MemoryCapture on flushing
             fsync_data(self._payload.memory)
@@ -190,13 +193,15 @@ class _Capture:
 
     async def _take(self) -> None:
         with self._phases.measure("devices"):
-            await self._machine.save_devices(self._payload.devices)
+            image = self._payload.memory if self._machine.writes_memory else None
+            await self._machine.save_devices(self._payload.devices, image)
         # Only now: saving may still move data between devices and guest memory.
         await asyncio.gather(self._take_memory(), self._take_disk())
 
     async def _take_memory(self) -> None:
+        if self._memory is None:  # the VMM has written it
+            return
         with self._phases.measure("read_memory"):
-            assert self._memory is not None  # noqa: S101 - for the type checker
             await self.in_thread(self._memory.still)
 
     async def _take_disk(self) -> None:
@@ -208,22 +213,21 @@ class _Capture:
             else:
                 await self.in_thread(lambda: clone(self._paths.overlay, self._payload.overlay))
 
-    def after(self) -> WriteReport:
+    def after(self) -> None:
         """When the guest runs again (or will not): write what was taken."""
-        assert self._memory is not None  # noqa: S101 - for the type checker
-        return self._memory.after()
+        if self._memory is not None:
+            self._memory.after()
 
     def digest(self) -> dict[str, str]:
         """Make the image's digest table, from the one below where there is one: see ``seal``."""
-        assert self._memory is not None  # noqa: S101 - for the type checker
         memory = self._payload.memory
         table = self._payload.table(memory.name)
-        changed = ((start, end - start) for runs in self._memory.changed for start, end in runs)
         with FileReader(memory) as image:
             below = self._table_below
-            if below is None or not below.exists():
+            if self._memory is None or below is None or not below.exists():
                 return {memory.name: write_table(image, table)}
             known = blake3(below.read_bytes()).hexdigest()
+            changed = ((start, end - start) for runs in self._memory.changed for start, end in runs)
             return {memory.name: update_table(image, table, below, known, changed)}
 
     async def close(self) -> None:

@@ -93,6 +93,9 @@ class Machine(Protocol):
     process: ProcessIdentity
     # Why the guest ended, once it has: guest-shutdown, guest-reset, guest-panic or host-...
     shutdown_reason: str | None
+    # Whether the VMM must write guest memory itself, because it is no private mapping of the
+    # memory image that could be read from outside: see ``save_devices``.
+    writes_memory: bool
 
     async def status(self) -> MachineStatus:
         """Ask the VMM what its guest is doing."""
@@ -103,8 +106,12 @@ class Machine(Protocol):
     async def resume(self) -> None:
         """Let the vCPUs run (on)."""
 
-    async def save_devices(self, destination: Path) -> None:
-        """Write device state without RAM, of a paused guest, to a new file. Not fsynced."""
+    async def save_devices(self, destination: Path, memory: Path | None = None) -> None:
+        """Write device state without RAM, of a paused guest, to a new file. Not fsynced.
+
+        Where ``writes_memory``, ``memory`` is a clone of the image that the VMM was started with,
+        and on return it is the guest's memory as it stands.
+        """
 
     async def begin_disk_copy(self, index: int, copy: Path) -> bool:
         """Note from now on what changes on the writable disk ``index``, while the guest runs.

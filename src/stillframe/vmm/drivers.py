@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stillframe.vmm.driver import Driver
-from stillframe.vmm.qemu import QemuDriver
+from stillframe.vmm.qemu.driver import QemuDriver
 
 
 def make_drivers(
@@ -26,7 +26,7 @@ def make_drivers(
         QemuDriver(qemu_binary, accelerator=accelerator, cache_dir=cache_dir, tracker=tracker)
     ]
     if fake:
-        from stillframe.vmm.fake import FakeDriver
+        from stillframe.vmm.fake.driver import FakeDriver
 
         drivers.append(FakeDriver(tracker=tracker))
     return drivers

@@ -19,7 +19,7 @@ from starlette.websockets import WebSocket
 from stillframe.api.auth import RequiredScope
 from stillframe.api.border import Engine
 from stillframe.api.errors import blot, private_texts
-from stillframe.api.instances import running_instance
+from stillframe.api.routes.instances import running_instance
 from stillframe.api.schemas.base import Body, Flag, Int, Text
 from stillframe.api.schemas.instances import PathInfoAnswer
 from stillframe.api.sockets import (

@@ -28,7 +28,7 @@ from stillframe.vmm.driver import (
 )
 from stillframe.vmm.tracking import tracking_environment
 
-_PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+_PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 _DEADLINE = 30.0  # seconds for an answer; a busy host may take a while to start an interpreter
 _FEATURES = ("fork", "pause", "snapshots", "standby")
 _VERSION = "1"
@@ -41,6 +41,7 @@ class FakeMachine:
         """Use ``open`` before anything else."""
         self.process: ProcessIdentity = process.identity
         self.shutdown_reason: str | None = None
+        self.writes_memory = False
         self._process = process
         self._directory = directory
         self._writer: asyncio.StreamWriter | None = None
@@ -107,7 +108,7 @@ class FakeMachine:
         """Let the guest run (on)."""
         await self._ask("resume")
 
-    async def save_devices(self, destination: Path) -> None:
+    async def save_devices(self, destination: Path, memory: Path | None = None) -> None:
         """Write the spec as device state, of a paused guest, to a new file."""
         await self._ask("save", path=str(destination))
 
@@ -216,7 +217,7 @@ def _spawn(spec: MachineSpec, resources: MachineResources, tracker: Path | None)
             "agent_fd": agent_fd,
         }
         # -S: without site packages the interpreter starts twice as fast.
-        command = [sys.executable, "-S", "-m", "stillframe.vmm.fake_guest", json.dumps(arguments)]
+        command = [sys.executable, "-S", "-m", "stillframe.vmm.fake.guest", json.dumps(arguments)]
         return spawn(
             command, output=resources.vmm_log, pass_fds=(control_fd, agent_fd),
             extra_environment={

@@ -22,7 +22,7 @@ from starlette.websockets import WebSocket
 from stillframe.api.auth import RequiredScope
 from stillframe.api.border import Engine
 from stillframe.api.errors import blot, private_texts
-from stillframe.api.instances import running_instance
+from stillframe.api.routes.instances import running_instance
 from stillframe.api.schemas.base import Body, Env, Flag, Text
 from stillframe.api.sockets import (
     ClientGone,

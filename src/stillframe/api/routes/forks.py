@@ -22,6 +22,7 @@ from stillframe.api.errors import (
     recode,
     report,
 )
+from stillframe.api.routes.snapshots import CONFLICTS
 from stillframe.api.schemas.base import Error, ErrorDetail
 from stillframe.api.schemas.forks import (
     ForkOutcomeAnswer,
@@ -32,7 +33,6 @@ from stillframe.api.schemas.forks import (
     WarmBody,
 )
 from stillframe.api.schemas.instances import InstanceAnswer
-from stillframe.api.snapshots import CONFLICTS
 from stillframe.engine.interface import ForkOutcome, WarmStatus
 from stillframe.model.errors import StillframeError
 

@@ -20,7 +20,7 @@ from stillframe.guest.wire import (
     parse_text_list,
     text_list,
 )
-from stillframe.vmm.fake_files import FileTree
+from stillframe.vmm.fake.files import FileTree
 
 _GRANT = INITIAL_CREDIT // 4
 _PIECE = 32768

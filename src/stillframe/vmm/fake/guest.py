@@ -24,8 +24,8 @@ import time
 import uuid
 from typing import Any
 
-from stillframe.vmm.fake_agent import STDIN, Agent, Refused, Running, Shell
-from stillframe.vmm.fake_files import FileTree
+from stillframe.vmm.fake.agent import STDIN, Agent, Refused, Running, Shell
+from stillframe.vmm.fake.files import FileTree
 
 FORMAT = "stillframe-fake-1"
 TICK = 0.005  # seconds between counts
@@ -95,7 +95,7 @@ class Memory:
 
 
 class Guest:
-    """What runs in the VM. Implements ``fake_agent.Guest``."""
+    """What runs in the VM. Implements ``agent.Guest``."""
 
     def __init__(self, memory: Memory, disks: list[list[Any]], console: str) -> None:
         self._memory = memory

@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 
 from stillframe.cli.client import Client
+from stillframe.cli.commands.tokens import mint_token, read_secret
 from stillframe.cli.settings import Settings, load_settings
-from stillframe.cli.tokens import mint_token, read_secret
 from stillframe.model.units import parse_duration
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stillframe.model.errors import StillframeError, StorageFull, VmmFailure
-from stillframe.vmm.qmp import QmpConnection
+from stillframe.vmm.qemu.qmp import QmpConnection
 
 _PREFIX = "copy-"
 _GRANULARITY = 1 << 16  # bytes of disk for each bit

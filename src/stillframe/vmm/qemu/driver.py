@@ -28,9 +28,9 @@ from stillframe.vmm.driver import (
     MachineSpec,
     MachineStatus,
 )
-from stillframe.vmm.qemu_command import QemuBuild, command_line
-from stillframe.vmm.qemu_copies import DiskCopies
-from stillframe.vmm.qmp import Event, QmpConnection
+from stillframe.vmm.qemu.command import QemuBuild, command_line
+from stillframe.vmm.qemu.copies import DiskCopies
+from stillframe.vmm.qemu.qmp import Event, QmpConnection
 from stillframe.vmm.tracking import tracking_environment
 
 _MINIMUM = (6, 2, 0)
@@ -75,6 +75,7 @@ class QemuMachine:
         """Use ``open`` before anything else."""
         self.process: ProcessIdentity = process.identity
         self.shutdown_reason: str | None = None
+        self.writes_memory = False
         self._process = process
         self._sockets = sockets
         self._qmp = QmpConnection(f"pid {process.identity.pid}", self._on_event)
@@ -142,7 +143,7 @@ class QemuMachine:
         """Let the vCPUs run (QMP cont)."""
         await self._qmp.execute("cont")
 
-    async def save_devices(self, destination: Path) -> None:
+    async def save_devices(self, destination: Path, memory: Path | None = None) -> None:
         """Write device state of a paused guest; ``live=false`` leaves its disks active."""
         await self._qmp.execute("xen-save-devices-state", filename=str(destination), live=False)
 

@@ -8,7 +8,7 @@ import typer
 
 from stillframe.cli import output
 from stillframe.cli.client import Client, instance_path, parse_pairs
-from stillframe.cli.instances import Reference
+from stillframe.cli.commands.instances import Reference
 from stillframe.cli.output import JsonFlag
 from stillframe.model.units import format_size
 

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from stillframe.cli import family, output
+from stillframe.cli import output
 from stillframe.cli.client import Client, instance_path, parse_pairs
-from stillframe.cli.instances import Compression, compression_body
+from stillframe.cli.commands import family
+from stillframe.cli.commands.instances import Compression, compression_body
 from stillframe.cli.output import JsonFlag
 from stillframe.model.errors import HostFailure, StillframeError
 from stillframe.model.units import format_size, parse_duration

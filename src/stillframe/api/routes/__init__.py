@@ -1,0 +1,1 @@
+"""One file for each part of the contract: HTTP to engine calls and back."""

@@ -1,0 +1,1 @@
+"""A hypervisor without guest kernels, for tests and for seeing the API."""
