@@ -74,7 +74,7 @@ class DiskCopies:
             raise VmmFailure("QEMU does not finish the copy of a disk") from error
 
     async def _changed(self, index: int, copy: _Copy) -> bool:
-        """Whether the bitmap names anything: to ask takes less time than a job that does nothing."""
+        """Whether the bitmap names anything: asking is faster than a job with nothing to do."""
         for device in await self._qmp.execute("query-block"):
             inserted = device.get("inserted", {})
             if inserted.get("node-name") == _node(index):
