@@ -28,6 +28,7 @@ from stillframe.vmm.driver import (
     MachineResources,
     MachineSpec,
     MachineStatus,
+    check_shape,
 )
 from stillframe.vmm.firecracker import api
 from stillframe.vmm.kernel import uncompressed_kernel
@@ -183,6 +184,7 @@ class FirecrackerDriver:
         probe = await self.probe()
         if self._version is None:
             raise MissingComponent(f"Firecracker is not available: {probe.reason}", hint=probe.hint)
+        check_shape(spec, resources.memory_image)
         directory = resources.directory
         async with contextlib.AsyncExitStack() as undo:
             undo.callback(remove_names, directory)
