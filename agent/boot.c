@@ -102,7 +102,8 @@ static void mount_root(void) {
     mkdir("/root", 0755);
     if (mount("/dev/vda", "/lower", "squashfs", MS_RDONLY, NULL))
         boot_failed("root image /dev/vda");
-    if (mount("/dev/vdb", "/over", "ext4", MS_NOATIME, NULL))
+    /* The disk is new and zero: to zero its inode tables would store a hundred megabytes of nothing. */
+    if (mount("/dev/vdb", "/over", "ext4", MS_NOATIME, "noinit_itable"))
         boot_failed("overlay disk /dev/vdb");
     mkdir("/over/upper", 0755);
     mkdir("/over/work", 0755);

@@ -1,7 +1,8 @@
-"""Both drivers behind one adapter, and the conformance table at the end of the run."""
+"""Every driver behind one adapter, and the conformance table at the end of the run."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import platform
@@ -11,6 +12,7 @@ import uuid
 from collections.abc import AsyncIterator, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -23,27 +25,25 @@ from stillframe.host.memory import GuestMemory
 from stillframe.host.orphans import kill_orphans, processes_naming
 from stillframe.images.base import find_busybox
 from stillframe.images.boot import BootPair, build_boot_pair, write_config_disk
+from stillframe.model.values import Hypervisor
 from stillframe.vmm.driver import Disk, Driver, Machine, MachineResources, MachineSpec
+from stillframe.vmm.drivers import make_drivers
 from stillframe.vmm.fake.driver import FakeDriver
-from stillframe.vmm.qemu.driver import QemuDriver
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL = Path(os.environ.get("STILLFRAME_KERNEL_DIR", ROOT / ".cache/kernel"))
 AGENT = ROOT / "agent/build/stillframe-init"
 TRACKER = ROOT / "tracker/build/libstillframe-tracker.so"
-TOOLS = ("qemu-system-x86_64", "mksquashfs", "mkfs.ext4")
+TOOLS = ("mksquashfs", "mkfs.ext4")
 MEMORY = 256 << 20
 BOOT_DEADLINE = 120.0
 # A counter kept by a shell's loop, the same question asked of both.
 _COUNTING = "i=0; while :; do i=$((i+1)); echo $i > /dev/shm/n; sleep 0.02; done"
 # The agent is there before the workload, and the file is empty for a moment at each count.
 _COUNTED = 'until n=$(cat /dev/shm/n 2>/dev/null) && [ -n "$n" ]; do sleep 0.02; done; echo $n'
-_COUNTER = {"fake": ("counter",), "qemu": ("/bin/sh", "-c", _COUNTED)}
-_KEEP = {
-    "fake": ("set", "fork", "{}"),
-    "qemu": ("/bin/sh", "-c", "echo {} > /dev/shm/kept"),
-}
-_KEPT = {"fake": ("get", "fork"), "qemu": ("cat", "/dev/shm/kept")}
+_COUNTER = {True: ("/bin/sh", "-c", _COUNTED), False: ("counter",)}
+_KEEP = {True: ("/bin/sh", "-c", "echo {} > /dev/shm/kept"), False: ("set", "fork", "{}")}
+_KEPT = {True: ("cat", "/dev/shm/kept"), False: ("get", "fork")}
 _OUTCOMES = pytest.StashKey[dict[tuple[str, str], str]]()
 
 
@@ -53,6 +53,7 @@ class Bench:
     def __init__(self, driver: Driver, directory: Path, pair: BootPair, root: Path) -> None:
         self.driver = driver
         self.name = driver.hypervisor.value
+        self.real = driver.hypervisor is not Hypervisor.FAKE  # has a guest kernel
         self.directory = directory
         self._pair, self._root = pair, root
 
@@ -74,9 +75,9 @@ class Bench:
         home.mkdir()
         create_sparse(home / "memory", MEMORY)
         create_sparse(home / "overlay", 64 << 20)
-        if self.name == "qemu":
+        if self.real:
             subprocess.run(["mkfs.ext4", "-q", home / "overlay"], check=True, timeout=60)
-        command = ["sleep", "100000"] if self.name == "fake" else ["/bin/sh", "-c", _COUNTING]
+        command = ["/bin/sh", "-c", _COUNTING] if self.real else ["sleep", "100000"]
         pairs = [("arg", part) for part in command]
         write_config_disk(
             home / "config", [*pairs, ("hostname", name), ("nonce", "n1"), ("seed", "5a" * 64)]
@@ -117,15 +118,18 @@ class Bench:
         home = self.directory / f"captured-{uuid.uuid4().hex[:6]}"
         home.mkdir()
         pid, image = machine.process.pid, resources.memory_image
-        await machine.save_devices(home / "devices")
         clone(image, home / "memory")
+        await machine.save_devices(
+            home / "devices", home / "memory" if machine.writes_memory else None
+        )
         clone(resources.disks[1].path, home / "overlay")
-        with GuestMemory(pid, image) as memory, open_private(home / "memory") as fd:
-            assert memory.private_pages().total > 0
-            taken = MemoryCapture(memory, fd, incremental=False, buffer_limit=MEMORY)
-            taken.ahead()
-            taken.still()
-            taken.after()
+        if not machine.writes_memory:
+            with GuestMemory(pid, image) as memory, open_private(home / "memory") as fd:
+                assert memory.private_pages().total > 0
+                taken = MemoryCapture(memory, fd, incremental=False, buffer_limit=MEMORY)
+                taken.ahead()
+                taken.still()
+                taken.after()
         root, _, config = resources.disks
         return replace(
             resources,
@@ -173,15 +177,15 @@ class Bench:
 
     async def counter(self, connection: AgentConnection) -> int:
         """What the guest has counted to."""
-        return int(await self.run(connection, *_COUNTER[self.name]))
+        return int(await self.run(connection, *_COUNTER[self.real]))
 
     async def keep(self, connection: AgentConnection, value: str) -> None:
         """Have the guest remember a word in its memory."""
-        await self.run(connection, *(part.format(value) for part in _KEEP[self.name]))
+        await self.run(connection, *(part.format(value) for part in _KEEP[self.real]))
 
     async def kept(self, connection: AgentConnection) -> str:
         """The word it remembers."""
-        return await self.run(connection, *_KEPT[self.name])
+        return await self.run(connection, *_KEPT[self.real])
 
     def processes(self) -> list[int]:
         """Processes that work on this bench's files."""
@@ -189,13 +193,13 @@ class Bench:
 
 
 @pytest.fixture(scope="session")
-def qemu_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[BootPair, Path]:
-    """Kernel, initrd and a busybox root image, made once."""
+def guest_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[BootPair, Path]:
+    """Kernel, initrd and a busybox root image for every real guest, made once."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     missing += [str(path) for path in (KERNEL, AGENT) if not path.exists()]
     if missing:
         pytest.skip(f"missing: {', '.join(missing)}")
-    home = tmp_path_factory.mktemp("qemu")
+    home = tmp_path_factory.mktemp("guest")
     binaries = home / "root/bin"
     binaries.mkdir(parents=True)
     shutil.copy(find_busybox(), binaries / "busybox")
@@ -209,21 +213,36 @@ def qemu_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[BootPair, Path
     return build_boot_pair(KERNEL, AGENT, home / "boot"), home / "root.img"
 
 
-@pytest.fixture(params=["fake", pytest.param("qemu", marks=pytest.mark.vm)])
+def real_drivers() -> dict[str, Driver]:
+    """Every hypervisor but the fake one, by name."""
+    made = make_drivers(
+        os.environ.get("STILLFRAME_QEMU_BINARY", "qemu-system-x86_64"),
+        # Which accelerator works is the probe's question, not this suite's.
+        os.environ.get("STILLFRAME_ACCELERATOR", "tcg"),
+        ROOT / ".cache",
+        tracker=TRACKER,
+    )
+    return {driver.hypervisor.value: driver for driver in made}
+
+
+NAMES = ("fake", *real_drivers())
+
+
+@pytest.fixture(
+    params=[NAMES[0], *(pytest.param(name, marks=pytest.mark.vm) for name in NAMES[1:])]
+)
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
     """Each driver in turn; no process is left, however the test ended."""
-    if request.param == "qemu":
-        pair, root = request.getfixturevalue("qemu_files")
-        # Which accelerator works is the probe's question, not this suite's.
-        driver: Driver = QemuDriver(
-            os.environ.get("STILLFRAME_QEMU_BINARY", TOOLS[0]),
-            accelerator=os.environ.get("STILLFRAME_ACCELERATOR", "tcg"),
-            tracker=TRACKER,
-        )
-    else:
+    if request.param == "fake":
         null, root = Path("/dev/null"), tmp_path / "root"
-        pair, driver = BootPair("", null, null, ""), FakeDriver(tracker=TRACKER)
+        pair, driver = BootPair("", null, null, ""), cast(Driver, FakeDriver(tracker=TRACKER))
         root.touch()
+    else:
+        driver = real_drivers()[request.param]
+        probe = asyncio.run(driver.probe())
+        if not probe.available:
+            pytest.skip(probe.reason or "not available")
+        pair, root = request.getfixturevalue("guest_files")
     yield Bench(driver, tmp_path, pair, root)
     left = kill_orphans(tmp_path, ())
     assert left == [], f"processes left behind: {left}"
@@ -259,11 +278,22 @@ def pytest_terminal_summary(
     outcomes = config.stash.get(_OUTCOMES, {})
     if not outcomes:
         return
-    drivers = ("fake", "qemu")
     cases = list(dict.fromkeys(case for case, _ in outcomes))
     width = max(map(len, cases)) + 2
+    columns = {name: max(len(name), 7) + 2 for name in NAMES}
+    reasons: dict[str, set[str]] = {}
     terminalreporter.section("driver conformance")
-    terminalreporter.write_line(" " * width + "".join(f"{name:<10}" for name in drivers))
+    heads = "".join(f"{name:<{column}}" for name, column in columns.items())
+    terminalreporter.write_line(" " * width + heads)
     for case in cases:
-        row = "".join(f"{outcomes.get((case, name), 'not run'):<10}" for name in drivers)
+        row = ""
+        for name, column in columns.items():
+            outcome = outcomes.get((case, name), "not run")
+            if outcome not in ("passed", "FAILED", "not run"):
+                reasons.setdefault(name, set()).add(outcome)
+                outcome = "skipped"
+            row += f"{outcome:<{column}}"
         terminalreporter.write_line(f"{case:<{width}}{row}")
+    for name, texts in reasons.items():
+        for text in sorted(texts):
+            terminalreporter.write_line(f"{name} was skipped: {text}")

@@ -146,7 +146,7 @@ def test_both_ways_of_scanning_agree(writer: Writer, image: Path) -> None:
     try:
         plain = Runs.of(memory.scan_pagemap(fd, mapping.start, mapping.end))
         try:
-            fast = Runs(*memory.scan_ioctl(fd, mapping.start, mapping.end))
+            fast = Runs(*memory.scan_ioctl(fd, mapping.start, mapping.end, memory.PRIVATE))
         except OSError:
             pytest.skip("this kernel has no PAGEMAP_SCAN")
     finally:
@@ -169,6 +169,26 @@ def test_written_pages_are_told_once_and_again_after_a_new_write(image: Path) ->
             writer.write((3 * PAGE, 2), (8 * PAGE, 1))
             assert seen.written_pages() == Runs.of([(3 * PAGE, 4 * PAGE), (8 * PAGE, 9 * PAGE)])
             assert seen.private_pages().total == 3 * PAGE
+    finally:
+        writer.close()
+
+
+def test_written_pages_of_densely_written_memory_are_the_same(image: Path) -> None:
+    writer = Writer(image, tracked=True)
+    try:
+        with GuestMemory(writer.pid, image) as seen:
+            if not seen.tracked:
+                pytest.skip("this kernel cannot track writes (Linux 6.7)")
+            dense = range(2 * MIB, 12 * MIB, PAGE)
+            writer.write((PAGE, 1), *((offset, 1) for offset in dense))
+            whole = Runs.of([(PAGE, 2 * PAGE), (2 * MIB, 12 * MIB)])
+            assert seen.written_pages() == whole
+            assert seen.private_pages() == whole  # from here on it knows where memory is dense
+            assert len(seen.written_pages()) == 0
+            writer.write((0, 2), (5 * MIB, 2), (12 * MIB, 2), (14 * MIB, 2))
+            assert [low for low, _ in seen.written_pages()] == [0, 5 * MIB, 12 * MIB, 14 * MIB]
+            assert len(seen.written_pages()) == 0
+            assert seen.private_pages().total == whole.total + 3 * PAGE
     finally:
         writer.close()
 

@@ -236,6 +236,8 @@ async def _main(
     fake = settings.default_hypervisor is Hypervisor.FAKE
     drivers = make_drivers(
         settings.qemu_binary, settings.accelerator, cache_dir,
+        firecracker_binary=settings.firecracker_binary,
+        cloud_hypervisor_binary=settings.cloud_hypervisor_binary,
         tracker=settings.tracker_library, fake=fake,
     )  # fmt: skip
     engine: EngineInterface = Engine(settings, drivers)

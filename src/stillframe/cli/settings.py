@@ -45,6 +45,8 @@ class Settings:
     metrics_listen: str = ""
     default_hypervisor: Hypervisor = Hypervisor.QEMU
     qemu_binary: str = "qemu-system-x86_64"
+    firecracker_binary: str = "firecracker"
+    cloud_hypervisor_binary: str = "cloud-hypervisor"
     accelerator: str = "auto"
     log_format: str = "plain"
     log_level: str = "info"
@@ -133,6 +135,8 @@ KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "metrics_listen": ("metrics_listen", _text_or_nothing),
     "default_hypervisor": ("default_hypervisor", _hypervisor),
     "qemu_binary": ("qemu_binary", _text),
+    "firecracker_binary": ("firecracker_binary", _text),
+    "cloud_hypervisor_binary": ("cloud_hypervisor_binary", _text),
     "accelerator": ("accelerator", _one_of("auto", "kvm", "tcg")),
     "kernel_dir": ("kernel_dir", _path),
     "agent_binary": ("agent_binary", _path),

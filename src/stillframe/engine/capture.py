@@ -154,6 +154,7 @@ class _Capture:
         self._memory.ahead()
         # Stopping a guest flushes its disks: what is flushed now need not be flushed then.
         fsync_data(self._paths.overlay)
+        self._memory.again()  # the guest has had time to write meanwhile
 
     def _clone_below(self) -> bool:
         """Clone the last capture's image (true), or, if that is gone, the one that is mapped."""
@@ -192,13 +193,15 @@ class _Capture:
         return round((time.perf_counter() - began) * 1000, 3)
 
     async def _take(self) -> None:
+        parts = await asyncio.gather(self._take_memory(), self._take_disk(), return_exceptions=True)
+        for failure in (part for part in parts if part is not None):
+            raise failure  # only now: nothing of the other part may go on when the guest does
+
+    async def _take_memory(self) -> None:
         with self._phases.measure("devices"):
             image = self._payload.memory if self._machine.writes_memory else None
             await self._machine.save_devices(self._payload.devices, image)
         # Only now: saving may still move data between devices and guest memory.
-        await asyncio.gather(self._take_memory(), self._take_disk())
-
-    async def _take_memory(self) -> None:
         if self._memory is None:  # the VMM has written it
             return
         with self._phases.measure("read_memory"):

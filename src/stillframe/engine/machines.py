@@ -32,7 +32,7 @@ from stillframe.model.errors import (
 from stillframe.model.states import InstanceState
 from stillframe.model.values import Hypervisor, Image, Instance
 from stillframe.store.paths import InstancePaths
-from stillframe.vmm.driver import Disk, Machine, MachineResources, MachineSpec
+from stillframe.vmm.driver import DEVICE_LAYOUT, Disk, Machine, MachineResources, MachineSpec
 
 log = logging.getLogger("stillframe.machines")
 _NO_KERNEL = BootPair(digest="", kernel=Path("/dev/null"), initrd=Path("/dev/null"), arguments="")
@@ -55,6 +55,7 @@ def spec_of(instance: Instance) -> MachineSpec:
         vcpus=instance.vcpus,
         accelerator=instance.accelerator,
         network=instance.network_enabled,
+        layout=instance.device_layout,
     )
 
 
@@ -298,6 +299,7 @@ async def boot_and_commit(
         instance, InstanceState.INITIALIZING,
         boot_nonce=secrets.token_hex(8), boot=pair,
         hypervisor_version=probe.version, accelerator=probe.accelerator,
+        device_layout=DEVICE_LAYOUT,
         started_at=context.now(), stopped_at=None, exit_code=None, exit_message=None,
     )  # fmt: skip
     machine = await boot(context, instance, image)

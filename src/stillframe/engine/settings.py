@@ -31,6 +31,8 @@ class EngineSettings:
     tracker_library: Path | None = None
     default_hypervisor: Hypervisor = Hypervisor.QEMU
     qemu_binary: str = "qemu-system-x86_64"
+    firecracker_binary: str = "firecracker"
+    cloud_hypervisor_binary: str = "cloud-hypervisor"
     accelerator: str = "auto"
     max_vcpus: int = 16
     max_memory_bytes: int = 32 * GIB

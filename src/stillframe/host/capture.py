@@ -1,9 +1,10 @@
 """Copying a guest's memory into an image with the shortest possible pause.
 
-Three steps: ``ahead`` while the guest runs, ``still`` while it stands still, ``after`` when it runs
-again. Where writes are tracked, ``ahead`` copies everything and then, round after round, what was
-written meanwhile, so that ``still`` has only the last round's writes to read. Elsewhere ``still``
-reads all private pages at memory speed, into a buffer made ready ahead, and ``after`` writes them.
+``ahead`` and, last, ``again`` while the guest runs, ``still`` while it stands still, ``after`` when
+it runs again. Where writes are tracked, ``ahead`` copies everything and then, round after round,
+what was written meanwhile, so that ``still`` has only the last round's writes to read. Elsewhere
+``still`` reads all private pages at memory speed, into a buffer made ready ahead, and ``after``
+writes them.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ class MemoryCapture:
     def _copy_rounds(self) -> int:
         """Copy until a round is small or does not gain; the bytes of the last one."""
         runs = self._memory.written_pages()  # from here on every write is noticed
+        private = self._memory.private_pages()
         if not self._incremental:
-            runs = self._memory.private_pages()
+            runs = private
         while True:
             self._copy(runs)
             last = runs.total
@@ -74,6 +76,11 @@ class MemoryCapture:
                 # Or the guest's own flush, as it is stopped, would queue behind all these bytes.
                 os.fdatasync(self._fd)
             runs = self._memory.written_pages()
+
+    def again(self) -> None:
+        """Just before the pause: what was written since ``ahead``, unless it is always much."""
+        if self._memory.tracked and self.rounds[-1].length <= _SMALL:
+            self._copy(self._memory.written_pages())
 
     def _copy(self, runs: Runs) -> None:
         began = time.perf_counter()

@@ -9,13 +9,15 @@ import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-IN_MODIFY, IN_DELETE_SELF, IN_MOVE_SELF, IN_ATTRIB = 0x2, 0x400, 0x800, 0x4  # linux/inotify.h
+# linux/inotify.h
+IN_MODIFY, IN_DELETE_SELF, IN_MOVE_SELF, IN_ATTRIB, IN_CREATE = 0x2, 0x400, 0x800, 0x4, 0x100
 _IN_NONBLOCK, _IN_CLOEXEC = os.O_NONBLOCK, os.O_CLOEXEC
 
 
 @contextlib.asynccontextmanager
 async def file_changes(path: Path) -> AsyncIterator[asyncio.Event]:
-    """An event that is set whenever ``path`` was written to or removed; clear it before waiting.
+    """An event that is set whenever ``path`` was written to or removed, or, if it is a directory,
+    a file was made in it; clear it before waiting.
 
     Raises OSError when the file cannot be watched.
     """
@@ -33,7 +35,7 @@ async def file_changes(path: Path) -> AsyncIterator[asyncio.Event]:
         changed.set()
 
     try:
-        mask = IN_MODIFY | IN_DELETE_SELF | IN_MOVE_SELF | IN_ATTRIB
+        mask = IN_MODIFY | IN_DELETE_SELF | IN_MOVE_SELF | IN_ATTRIB | IN_CREATE
         if libc.inotify_add_watch(fd, os.fsencode(path), mask) < 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code), str(path))

@@ -123,6 +123,7 @@ class Instance:
 
     ``image`` is the reference as requested, ``image_digest`` what it resolved to.
     ``accelerator`` is ``kvm``, ``tcg`` or ``none``: memory made under one cannot run under another.
+    ``device_layout`` says which devices its VM has, and where (``vmm/driver.py``).
     ``boot`` names the kernel and initrd pair (a digest) the disks and memory belong to.
     ``boot_nonce`` marks the console lines of the boot its memory descends from.
     ``resumed_at`` is when its guest last ran on from captured memory, ``timings_ms`` where the
@@ -145,6 +146,7 @@ class Instance:
     vcpus: int
     hypervisor_version: str = ""
     accelerator: str = ""
+    device_layout: int = 1
     boot: str = ""
     platform: str = "linux/amd64"
     env: Mapping[str, str] = field(default_factory=dict)

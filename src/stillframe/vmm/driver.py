@@ -35,6 +35,11 @@ class DriverProbe:
     hint: str | None = None
 
 
+# The devices that a VM booted now gets. Memory loads only into the layout it was captured with, so
+# an older one stays known: 1 had transitional virtio devices and SATA (QEMU).
+DEVICE_LAYOUT = 2
+
+
 @dataclass(frozen=True, slots=True)
 class MachineSpec:
     """The part of a VM its memory image depends on. ``memory_bytes`` is a multiple of 2 MiB."""
@@ -43,6 +48,7 @@ class MachineSpec:
     vcpus: int
     accelerator: str
     network: bool = True
+    layout: int = DEVICE_LAYOUT
 
 
 @dataclass(frozen=True, slots=True)

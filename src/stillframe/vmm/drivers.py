@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from stillframe.vmm.cloud_hypervisor.driver import CloudHypervisorDriver
 from stillframe.vmm.driver import Driver
+from stillframe.vmm.firecracker.driver import FirecrackerDriver
+from stillframe.vmm.qemu.boards import BOARDS
 from stillframe.vmm.qemu.driver import QemuDriver
 
 
@@ -13,6 +16,8 @@ def make_drivers(
     accelerator: str,
     cache_dir: Path,
     *,
+    firecracker_binary: str = "firecracker",
+    cloud_hypervisor_binary: str = "cloud-hypervisor",
     tracker: Path | None = None,
     fake: bool = False,
 ) -> list[Driver]:
@@ -23,8 +28,17 @@ def make_drivers(
     The fake hypervisor runs no guest kernel and is only there when asked for by name.
     """
     drivers: list[Driver] = [
-        QemuDriver(qemu_binary, accelerator=accelerator, cache_dir=cache_dir, tracker=tracker)
+        QemuDriver(
+            qemu_binary,
+            accelerator=accelerator,
+            cache_dir=cache_dir,
+            tracker=tracker,
+            hypervisor=hypervisor,
+        )
+        for hypervisor in BOARDS
     ]
+    drivers.append(FirecrackerDriver(firecracker_binary, qemu_binary=qemu_binary))
+    drivers.append(CloudHypervisorDriver(cloud_hypervisor_binary, qemu_binary=qemu_binary))
     if fake:
         from stillframe.vmm.fake.driver import FakeDriver
 

@@ -79,6 +79,8 @@ def _run_server(settings: Settings) -> None:
             tracker_library=settings.tracker_library,
             default_hypervisor=settings.default_hypervisor,
             qemu_binary=settings.qemu_binary,
+            firecracker_binary=settings.firecracker_binary,
+            cloud_hypervisor_binary=settings.cloud_hypervisor_binary,
             accelerator=settings.accelerator,
             max_vcpus=settings.max_vcpus,
             max_memory_bytes=settings.max_memory_bytes,

@@ -10,6 +10,7 @@ from stillframe.engine.context import Context
 from stillframe.engine.keeping.interface import Compatibility
 from stillframe.model.errors import MissingComponent, NotFound, NotSupported, StillframeError
 from stillframe.model.values import Hypervisor, Instance, Snapshot, SnapshotKind
+from stillframe.vmm.driver import DEVICE_LAYOUT
 
 
 async def compatibility(context: Context, snapshot_id: str) -> Compatibility:
@@ -57,6 +58,11 @@ async def _memory_reasons(context: Context, template: Instance) -> list[str]:
         )
         if then != here
     ]
+    if template.device_layout > DEVICE_LAYOUT:
+        reasons.append(
+            f"its memory was captured with device layout {template.device_layout}, "
+            f"this version knows layouts up to {DEVICE_LAYOUT}"
+        )
     if template.hypervisor is not Hypervisor.FAKE and not await _has_boot_pair(context, template):
         reasons.append("its memory belongs to a kernel and initrd that are not here")
     return reasons

@@ -1,17 +1,26 @@
 """The QEMU command line, as data.
 
-It must be the same for every process that loads the same memory, but for paths and identity:
-QEMU matches devices by their place on the bus, so every device has a fixed address.
+It must be the same for every process that loads the same memory, but for paths and identity.
+What differs between machines is in ``boards.py``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from stillframe.vmm.driver import MachineResources, MachineSpec
+from stillframe.vmm.qemu.boards import (
+    AGENT_SLOT,
+    FIRST_DISK_SLOT,
+    NETWORK_SLOT,
+    Q35,
+    RANDOM_SLOT,
+    Board,
+)
 
 AGENT_PORT = "org.stillframe.agent"
+_MAC = "52:54:00:12:34:56"
 # (major, minor) of the first QEMU that can map memory from a file it may only read.
 _READONLY_MEMORY = (8, 2)
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -19,11 +28,12 @@ _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=d
 
 @dataclass(frozen=True, slots=True)
 class QemuBuild:
-    """One QEMU binary: where, which version, and the accelerator that works."""
+    """One QEMU binary: where, which version, the accelerator that works, and a machine it has."""
 
     binary: str
     version: tuple[int, int, int]
     accelerator: str
+    board: Board = field(default_factory=Q35)
 
     @property
     def version_text(self) -> str:
@@ -50,6 +60,8 @@ def command_line(
     ``monitor_fd`` and ``agent_fd`` are listening sockets, ``devices_fd`` is the open device state;
     without it a QEMU that is to load waits for ``migrate-incoming``.
     """
+    board = build.board
+    added = board.kernel_arguments(spec)
     arguments = [
         build.binary,
         "-nodefaults",
@@ -58,7 +70,7 @@ def command_line(
         "-sandbox", _SANDBOX,
         "-msg", "timestamp=on",
         "-name", "guest=stillframe",
-        "-M", "q35,memory-backend=mem,suppress-vmdesc=on,smm=off,vmport=off",
+        "-M", board.machine(spec),
         "-accel", spec.accelerator,
         "-cpu", "host" if spec.accelerator == "kvm" else "qemu64",
         "-smp", str(spec.vcpus),
@@ -70,23 +82,23 @@ def command_line(
         "-rtc", "base=utc,clock=host",
         "-kernel", str(resources.kernel),
         "-initrd", str(resources.initrd),
-        "-append", resources.kernel_arguments,
+        "-append", f"{resources.kernel_arguments} {added}".rstrip(),
         "-chardev", f"socket,id=monitor,fd={monitor_fd},server=on,wait=off",
         "-mon", "chardev=monitor,mode=control",
         "-chardev", f"file,id=console,path={quoted(resources.console_log)},append=on",
         "-serial", "chardev:console",
-        "-device", f"vmgenid,guid={resources.generation_id}",
-        "-device", "virtio-serial-pci,id=ports,addr=0x3,max_ports=2",
+        *board.generation(resources.generation_id),
+        "-device", board.virtio(spec, "serial", AGENT_SLOT, "id=ports,max_ports=2"),
         "-chardev", f"socket,id=agent,fd={agent_fd},server=on,wait=off",
         "-device", f"virtserialport,bus=ports.0,nr=1,chardev=agent,name={AGENT_PORT}",
-        "-device", "virtio-rng-pci,addr=0x4",
+        "-device", board.virtio(spec, "rng", RANDOM_SLOT, "id=random"),
     ]  # fmt: skip
     if spec.network:
         arguments += [
             "-netdev", "user,id=net0,ipv6=off",
-            "-device", "virtio-net-pci,netdev=net0,addr=0x5,romfile=,mac=52:54:00:12:34:56",
+            "-device", board.virtio(spec, "net", NETWORK_SLOT, f"netdev=net0,mac={_MAC}"),
         ]  # fmt: skip
-    arguments += _disks(resources)
+    arguments += _disks(board, spec, resources)
     if resources.device_state is not None:
         # -S: the guest stands still after the load until we say cont.
         arguments += ["-incoming", "defer" if devices_fd is None else f"fd:{devices_fd}", "-S"]
@@ -102,7 +114,7 @@ def _memory(build: QemuBuild, spec: MachineSpec, resources: MachineResources) ->
     return options + (",readonly=on,rom=off" if build.version[:2] >= _READONLY_MEMORY else "")
 
 
-def _disks(resources: MachineResources) -> list[str]:
+def _disks(board: Board, spec: MachineSpec, resources: MachineResources) -> list[str]:
     arguments: list[str] = []
     for index, disk in enumerate(resources.disks):
         readonly = "on" if disk.readonly else "off"
@@ -111,6 +123,8 @@ def _disks(resources: MachineResources) -> list[str]:
             f"driver=raw,node-name=disk{index},read-only={readonly},discard=unmap,"
             f"file.driver=file,file.filename={quoted(disk.path)},file.aio=threads",
             "-device",
-            f"virtio-blk-pci,drive=disk{index},addr={0x8 + index:#x},serial=stillframe{index}",
+            board.virtio(
+                spec, "blk", FIRST_DISK_SLOT + index, f"drive=disk{index},serial=stillframe{index}"
+            ),
         ]
     return arguments

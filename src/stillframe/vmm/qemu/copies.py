@@ -58,6 +58,8 @@ class DiskCopies:
     async def finish(self, index: int) -> None:
         """Bring the copy up to date. Raises StorageFull."""
         copy = self._copies[index]
+        if not await self._changed(index, copy):
+            return
         await self._qmp.execute(
             "blockdev-backup",
             **{
@@ -70,6 +72,16 @@ class DiskCopies:
                 await asyncio.shield(copy.done)
         except TimeoutError as error:
             raise VmmFailure("QEMU does not finish the copy of a disk") from error
+
+    async def _changed(self, index: int, copy: _Copy) -> bool:
+        """Whether the bitmap names anything: asking is faster than a job with nothing to do."""
+        for device in await self._qmp.execute("query-block"):
+            inserted = device.get("inserted", {})
+            if inserted.get("node-name") == _node(index):
+                for bitmap in inserted.get("dirty-bitmaps", ()):
+                    if bitmap.get("name") == copy.name:
+                        return bool(bitmap["count"])
+        return True
 
     def completed(self, data: Mapping[str, Any]) -> None:
         """From the event BLOCK_JOB_COMPLETED."""

@@ -1,4 +1,4 @@
-"""QEMU (6.2 to 10) on q35: every guest is a private mapping of its memory image.
+"""QEMU (6.2 to 10) on q35 and microvm: every guest is a private mapping of its memory image.
 
 Saving devices without RAM is the QAPI command ``xen-save-devices-state`` (generic despite its
 name); loading them is an ordinary incoming migration whose stream simply has no RAM section.
@@ -28,12 +28,13 @@ from stillframe.vmm.driver import (
     MachineSpec,
     MachineStatus,
 )
+from stillframe.vmm.qemu.boards import BOARDS
 from stillframe.vmm.qemu.command import QemuBuild, command_line
 from stillframe.vmm.qemu.copies import DiskCopies
 from stillframe.vmm.qemu.qmp import Event, QmpConnection
 from stillframe.vmm.tracking import tracking_environment
+from stillframe.vmm.versions import refuse_known_bad
 
-_MINIMUM = (6, 2, 0)
 _LOAD_DEADLINE = 60.0  # seconds
 _FEATURES = ("fork", "pause", "snapshots", "standby")
 _STATUS = {
@@ -185,9 +186,7 @@ class QemuMachine:
 
 
 class QemuDriver:
-    """QEMU's q35 machine. Implements ``Driver``."""
-
-    hypervisor = Hypervisor.QEMU
+    """One of QEMU's machines. Implements ``Driver``."""
 
     def __init__(
         self,
@@ -195,11 +194,15 @@ class QemuDriver:
         accelerator: str = "auto",
         cache_dir: Path | None = None,
         tracker: Path | None = None,
+        hypervisor: Hypervisor = Hypervisor.QEMU,
     ) -> None:
         """``accelerator``: auto, kvm or tcg; ``cache_dir`` remembers what a probe found.
 
-        ``tracker`` is the library that has writes to guest memory tracked, if there is one.
+        ``tracker`` is the library that has writes to guest memory tracked, if there is one;
+        ``hypervisor`` names the machine: ``qemu`` is q35, ``qemu-microvm`` microvm.
         """
+        self.hypervisor = hypervisor
+        self._board = BOARDS[hypervisor]
         self._tracker = tracker
         self._binary = binary
         self._accelerator = accelerator
@@ -235,11 +238,9 @@ class QemuDriver:
         if match is None:
             raise VmmFailure(f"{binary} does not tell its version")
         major, minor, micro = (int(part) for part in match.groups())
-        if (major, minor, micro) < _MINIMUM:
-            raise MissingComponent(
-                f"QEMU {major}.{minor}.{micro} is too old", hint="install 6.2 or newer"
-            )
-        return QemuBuild(binary, (major, minor, micro), await self._choose_accelerator(binary))
+        refuse_known_bad(self.hypervisor, (major, minor, micro))
+        accelerator = await self._choose_accelerator(binary)
+        return QemuBuild(binary, (major, minor, micro), accelerator, self._board)
 
     async def _choose_accelerator(self, binary: str) -> str:
         if self._accelerator != "auto":

@@ -1,0 +1,57 @@
+"""The agent's byte stream where the VMM offers vsock by a Unix socket.
+
+Firecracker and Cloud Hypervisor share the protocol (Firecracker's docs/vsock.md): the host writes
+``CONNECT port`` and a newline, the VMM answers ``OK port`` once the guest has accepted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from stillframe.host.sockets import connect_unix
+from stillframe.model.errors import VmmFailure
+from stillframe.vmm.driver import AgentStream
+
+AGENT_VSOCK_PORT = 2222  # agent/agent.c
+GUEST_CID = 3  # the first that is free; every VM has its own namespace of them here
+AGENT_ARGUMENT = "stillframe.agent=vsock"  # tells the agent to listen there
+_ANSWER_DEADLINE = 5.0  # seconds
+_FIRST_WAIT, _LONGEST_WAIT = 0.02, 0.5  # seconds
+
+
+async def dial_vsock(socket: Path, port: int, *, deadline: float) -> AgentStream:
+    """Connect to a port of the guest, which may still boot. Raises VmmFailure after ``deadline`` s.
+
+    While nobody listens in the guest the VMM hangs up; it cannot tell when somebody will, so this
+    asks again, less and less often.
+    """
+    wait = _FIRST_WAIT
+    loop = asyncio.get_running_loop()
+    until = loop.time() + deadline
+    while True:
+        stream = await _connect(socket, port)
+        if stream is not None:
+            return stream
+        if loop.time() + wait > until:
+            raise VmmFailure(f"nobody listens on vsock port {port} of the guest")
+        await asyncio.sleep(wait)
+        wait = min(2 * wait, _LONGEST_WAIT)
+
+
+async def _connect(socket: Path, port: int) -> AgentStream | None:
+    reader, writer = await connect_unix(socket)
+    try:
+        writer.write(f"CONNECT {port}\n".encode())
+        await writer.drain()
+        async with asyncio.timeout(_ANSWER_DEADLINE):
+            answer = await reader.readline()
+    except (OSError, TimeoutError):
+        answer = b""
+    except BaseException:
+        writer.close()
+        raise
+    if answer.startswith(b"OK "):
+        return reader, writer
+    writer.close()
+    return None

@@ -1,0 +1,161 @@
+"""What Firecracker and Cloud Hypervisor are sent, held against their own API descriptions."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+import pytest
+
+from stillframe.model.errors import DamagedData, MissingComponent
+from stillframe.model.values import Hypervisor
+from stillframe.vmm.cloud_hypervisor import api as cloud
+from stillframe.vmm.cloud_hypervisor.state import pack, unpack
+from stillframe.vmm.driver import MachineSpec
+from stillframe.vmm.firecracker import api as fire
+from stillframe.vmm.unix_http import Call
+from stillframe.vmm.versions import KNOWN_BAD, refuse_known_bad
+
+APIS = Path(__file__).resolve().parents[1] / "support" / "vmm_apis"
+SPEC = MachineSpec(512 << 20, 2, "kvm", network=False)
+FIRECRACKER = [
+    fire.machine_config(SPEC),
+    fire.boot_source("vmlinux", "initrd", "console=ttyS0"),
+    fire.boot_source("vmlinux", None, "console=ttyS0"),
+    fire.drive(0, "disk0.link", readonly=True),
+    fire.drive(
+        1, "disk1.link", readonly=False,
+        bandwidth=fire.RateLimit(50 << 20, 1000), operations=fire.RateLimit(1000, 1000),
+    ),
+    fire.vsock("vsock.sock"),
+    fire.entropy(),
+    fire.serial("console.log"),
+    fire.start(),
+    fire.power_button(),
+    fire.pause(),
+    fire.resume(),
+    fire.describe(),
+    fire.create_snapshot("state", "memory", diff=False),
+    fire.create_snapshot("state", "memory", diff=True),
+    fire.load_snapshot((1, 16, 1), "state", "memory", vsock_path="v", taps={"eth0": "tap7"}),
+    fire.load_snapshot((1, 12, 0), "state", "memory", vsock_path="v"),
+]  # fmt: skip
+CLOUD_HYPERVISOR = [
+    cloud.create(
+        SPEC, memory="memory.link", kernel="bzImage", initrd="initrd", arguments="quiet",
+        disks=[("disk0.link", True), ("disk1.link", False)], console="c", vsock="v",
+    ),
+    cloud.create(
+        SPEC, memory="memory.link", kernel="tiny", initrd=None, arguments="", disks=[],
+        console="c", vsock="v",
+    ),
+    cloud.boot(),
+    cloud.pause(),
+    cloud.resume(),
+    cloud.power_button(),
+    cloud.describe(),
+    cloud.snapshot("saving.new"),
+    cloud.restore("loading.new"),
+]  # fmt: skip
+
+
+def described(name: str) -> dict[str, Any]:
+    requests: dict[str, Any] = json.loads((APIS / name).read_text())["requests"]
+    return requests
+
+
+def refusal(call: Call, requests: dict[str, Any]) -> str | None:
+    """Why the description does not know the call; None if it does."""
+    for key, schema in requests.items():
+        method, path = key.split(" ")
+        if call.method == method and re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", path), call.path):
+            if schema is None or call.body is None:
+                return None if schema is None and call.body is None else f"{key}: body"
+            errors = jsonschema_rs.validator_for(schema).iter_errors(dict(call.body))
+            return "; ".join(str(error) for error in errors) or None
+    return f"no such request: {call.method} {call.path}"
+
+
+@pytest.mark.parametrize("call", FIRECRACKER, ids=lambda call: f"{call.method} {call.path}")
+def test_firecracker_knows_every_request(call: Call) -> None:
+    assert refusal(call, described("firecracker-1.16.1.json")) is None
+
+
+@pytest.mark.parametrize("call", CLOUD_HYPERVISOR, ids=lambda call: f"{call.method} {call.path}")
+def test_cloud_hypervisor_knows_every_request(call: Call) -> None:
+    assert refusal(call, described("cloud-hypervisor-53.0.json")) is None
+
+
+def test_a_misspelt_field_would_be_found() -> None:
+    wrong = Call("PUT", "/vsock", {"guest_cid": 3, "uds": "v"})
+    assert "uds" in str(refusal(wrong, described("firecracker-1.16.1.json")))
+    assert refusal(Call("PUT", "/vsok"), described("firecracker-1.16.1.json")) is not None
+
+
+def test_older_firecrackers_are_not_asked_for_what_they_lack() -> None:
+    def body(version: fire.Version) -> dict[str, Any]:
+        call = fire.load_snapshot(version, "s", "m", vsock_path="v", taps={"eth0": "tap7"})
+        return dict(call.body or {})
+
+    assert body((1, 12, 1)).keys() >= {"network_overrides", "enable_diff_snapshots"}
+    assert not body((1, 12, 1)).keys() & {"vsock_override", "clock_realtime", "track_dirty_pages"}
+    assert body((1, 16, 0)).keys() >= {"vsock_override", "clock_realtime", "track_dirty_pages"}
+    for version in ((1, 12, 1), (1, 16, 0)):
+        assert body(version)["mem_backend"]["backend_type"] == "File"
+        assert body(version)["resume_vm"] is False
+
+
+def test_a_restore_of_cloud_hypervisor_never_maps_memory_shared_nor_on_demand() -> None:
+    assert set(cloud.restore("d").body or {}) == {"source_url", "prefault"}
+    zones = (CLOUD_HYPERVISOR[0].body or {})["memory"]["zones"]
+    assert [zone["shared"] for zone in zones] == [False]
+    disks = (CLOUD_HYPERVISOR[0].body or {})["disks"]
+    assert {disk["image_type"] for disk in disks} == {"Raw"}
+
+
+def test_device_state_of_cloud_hypervisor_names_no_memory(tmp_path: Path) -> None:
+    saved, back = tmp_path / "saved", tmp_path / "back"
+    saved.mkdir()
+    back.mkdir()
+    inner = {"memory_ranges": {"data": [{"gpa": 0, "length": 4096}]}, "boot_ram": 4096}
+    state = {"snapshots": {"memory-manager": {"snapshot_data": {"state": json.dumps(inner)}}}}
+    (saved / "config.json").write_text('{"memory": {"zones": []}}')
+    (saved / "state.json").write_text(json.dumps(state))
+    pack(saved, tmp_path / "devices")
+    unpack(tmp_path / "devices", back)
+    found = json.loads((back / "state.json").read_text())
+    inside = json.loads(found["snapshots"]["memory-manager"]["snapshot_data"]["state"])
+    assert inside == {"memory_ranges": {"data": []}, "boot_ram": 4096}
+    assert json.loads((back / "config.json").read_text()) == {"memory": {"zones": []}}
+
+
+@pytest.mark.parametrize("damage", ["no JSON", '{"format": 2}', '{"format": 1}', "[]"])
+def test_damaged_device_state_of_cloud_hypervisor_is_refused(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "devices").write_text(damage)
+    with pytest.raises(DamagedData):
+        unpack(tmp_path / "devices", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("hypervisor", "version", "word"),
+    [
+        (Hypervisor.QEMU, (6, 1, 9), "6.2"),
+        (Hypervisor.FIRECRACKER, (1, 11, 0), "1.12"),
+        (Hypervisor.CLOUD_HYPERVISOR, (50, 0), "CVE-2026-27211"),
+        (Hypervisor.CLOUD_HYPERVISOR, (51, 1), "CVE-2026-45782"),
+    ],
+)
+def test_versions_known_to_be_bad_are_refused(
+    hypervisor: Hypervisor, version: tuple[int, ...], word: str
+) -> None:
+    with pytest.raises(MissingComponent) as refused:
+        refuse_known_bad(hypervisor, version)
+    assert word in f"{refused.value.message} {refused.value.hint}"
+
+
+def test_newer_versions_are_taken() -> None:
+    for hypervisor, entries in KNOWN_BAD.items():
+        refuse_known_bad(hypervisor, max(bad.before for bad in entries))

@@ -1,0 +1,238 @@
+"""Firecracker and Cloud Hypervisor, for real, with a guest of 1.8 KB (tests/guest/tiny.S).
+
+It runs where ``/dev/kvm`` creates VMs though no kernel boots in them. It has no agent: what it does
+is read from its serial console. The binaries come from PATH or STILLFRAME_FIRECRACKER_BINARY and
+STILLFRAME_CLOUD_HYPERVISOR_BINARY.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stillframe.host.capture import MemoryCapture
+from stillframe.host.files import clone, create_sparse
+from stillframe.host.image import open_private
+from stillframe.host.memory import GuestMemory
+from stillframe.host.orphans import kill_orphans
+from stillframe.host.watch import file_changes
+from stillframe.model.errors import VmmFailure
+from stillframe.vmm.cloud_hypervisor.driver import CloudHypervisorDriver
+from stillframe.vmm.driver import (
+    Disk,
+    Driver,
+    Machine,
+    MachineResources,
+    MachineSpec,
+    MachineStatus,
+)
+from stillframe.vmm.firecracker.driver import FirecrackerDriver
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
+SOURCE = Path(__file__).resolve().parents[1] / "guest" / "tiny.S"
+SPEC = MachineSpec(memory_bytes=128 << 20, vcpus=1, accelerator="kvm", network=False)
+DEADLINE = 60.0
+DRIVERS: dict[str, tuple[str, Callable[[str], Driver]]] = {
+    "firecracker": (
+        "STILLFRAME_FIRECRACKER_BINARY",
+        lambda binary: FirecrackerDriver(binary, accelerator="kvm"),
+    ),
+    "cloud-hypervisor": (
+        "STILLFRAME_CLOUD_HYPERVISOR_BINARY",
+        lambda binary: CloudHypervisorDriver(binary, accelerator="kvm"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The guest, assembled."""
+    kernel = tmp_path_factory.mktemp("tiny") / "tiny"
+    flags = ["-nostdlib", "-static", "-no-pie", "-Wl,-N,-Ttext-segment=0x100000,--build-id=none"]
+    subprocess.run(["gcc", *flags, "-o", kernel, SOURCE], check=True, timeout=60)
+    return kernel
+
+
+@pytest.fixture(params=DRIVERS)
+def driver(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Driver]:
+    """Each of the two; no process is left, however the test ended."""
+    variable, make = DRIVERS[request.param]
+    binary = os.environ.get(variable, request.param)
+    if shutil.which(binary) is None:
+        pytest.skip(f"{request.param} is not installed")
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        pytest.skip("/dev/kvm may not be opened")
+    yield make(binary)
+    assert kill_orphans(tmp_path, ()) == []
+
+
+def resources_of(home: Path, kernel: Path) -> MachineResources:
+    """A cold VM's files, in a new directory."""
+    home.mkdir()
+    create_sparse(home / "image", SPEC.memory_bytes)
+    create_sparse(home / "overlay", 1 << 20)
+    return MachineResources(
+        directory=home,
+        memory_image=home / "image",
+        disks=(Disk(home / "overlay", readonly=False),),
+        kernel=kernel,
+        initrd=Path("/dev/null"),
+        kernel_arguments="",
+        generation_id=uuid.uuid4(),
+        console_log=home / "console.log",
+        vmm_log=home / "vmm.log",
+    )
+
+
+def fork_of(captured: MachineResources, home: Path) -> MachineResources:
+    """A fork's files: the captured image itself, its own disk and sockets."""
+    home.mkdir()
+    clone(captured.disks[0].path, home / "overlay")
+    return replace(
+        captured,
+        directory=home,
+        disks=(Disk(home / "overlay", readonly=False),),
+        generation_id=uuid.uuid4(),
+        console_log=home / "console.log",
+        vmm_log=home / "vmm.log",
+    )
+
+
+async def capture(machine: Machine, resources: MachineResources, home: Path) -> MachineResources:
+    """Image and devices of a paused VM, as the engine takes them."""
+    home.mkdir()
+    clone(resources.memory_image, home / "image")
+    clone(resources.disks[0].path, home / "overlay")
+    own = machine.writes_memory
+    await machine.save_devices(home / "devices", home / "image" if own else None)
+    if not own:
+        with (
+            GuestMemory(machine.process.pid, resources.memory_image) as memory,
+            open_private(home / "image") as fd,
+        ):
+            taken = MemoryCapture(memory, fd, incremental=False, buffer_limit=1 << 28)
+            taken.ahead()
+            taken.still()
+            taken.after()
+    return replace(
+        resources,
+        memory_image=home / "image",
+        device_state=home / "devices",
+        disks=(Disk(home / "overlay", readonly=False),),
+    )
+
+
+@contextlib.asynccontextmanager
+async def running(driver: Driver, resources: MachineResources) -> AsyncIterator[Machine]:
+    """A started VM, killed at the end."""
+    machine = await driver.start(SPEC, resources)
+    try:
+        yield machine
+    finally:
+        await machine.kill()
+
+
+async def counted(resources: MachineResources, more_than: int = -1) -> tuple[str, int]:
+    """The guest's nonce and its number, as soon as that is over ``more_than``."""
+    resources.console_log.touch()
+    async with asyncio.timeout(DEADLINE), file_changes(resources.console_log) as changed:
+        while True:
+            changed.clear()
+            text = resources.console_log.read_text(errors="replace")
+            assert "lost" not in text, f"a page of the guest's memory is missing: {text[-200:]}"
+            lines = [line.split() for line in text.splitlines(keepends=True) if line.endswith("\n")]
+            told = [words for words in lines if len(words) == 2 and len(words[0]) == 8]
+            if told and int(told[-1][1], 16) > more_than:
+                return told[-1][0], int(told[-1][1], 16)
+            await changed.wait()
+
+
+async def test_memory_goes_on_in_forks_and_their_forks(
+    driver: Driver, tiny: Path, tmp_path: Path
+) -> None:
+    source = resources_of(tmp_path / "source", tiny)
+    async with running(driver, source) as machine:
+        nonce, seen = await counted(source, more_than=2)
+        assert await machine.status() is MachineStatus.RUNNING
+        await machine.pause()
+        assert await machine.status() is MachineStatus.PAUSED
+        captured = await capture(machine, source, tmp_path / "captured")
+        _, at_capture = await counted(source)
+        await machine.resume()
+        assert (await counted(source, more_than=at_capture))[0] == nonce
+    before = captured.memory_image.read_bytes()
+    one, two = fork_of(captured, tmp_path / "one"), fork_of(captured, tmp_path / "two")
+    async with running(driver, one) as first, running(driver, two) as second:
+        for machine, fork in ((first, one), (second, two)):
+            assert await machine.status() is MachineStatus.PAUSED
+            await machine.resume()
+            # A whole round of pages: one that was captured wrongly would be found.
+            found, number = await counted(fork, more_than=at_capture + 300)
+            assert found == nonce
+        assert number > seen
+        await first.pause()
+        again = await capture(first, one, tmp_path / "again")
+    assert captured.memory_image.read_bytes() == before
+    assert again.memory_image.stat().st_blocks <= captured.memory_image.stat().st_blocks + 4096
+    third = fork_of(again, tmp_path / "third")
+    async with running(driver, third) as machine:
+        await machine.resume()
+        assert (await counted(third, more_than=number))[0] == nonce
+
+
+async def test_a_vmm_outlives_us_and_is_adopted(driver: Driver, tiny: Path, tmp_path: Path) -> None:
+    source = resources_of(tmp_path / "source", tiny)
+    async with running(driver, source) as machine:
+        _, seen = await counted(source)
+        await machine.close()
+        adopted = await driver.adopt(machine.process, source)
+        try:
+            assert adopted.writes_memory == machine.writes_memory
+            assert await adopted.status() is MachineStatus.RUNNING
+            await counted(source, more_than=seen)
+        finally:
+            await adopted.kill()
+        with pytest.raises(VmmFailure):
+            await driver.adopt(machine.process, source)
+
+
+async def test_bad_state_is_refused_and_nothing_left(
+    driver: Driver, tiny: Path, tmp_path: Path
+) -> None:
+    source = resources_of(tmp_path / "source", tiny)
+    async with running(driver, source) as machine:
+        await counted(source)
+        await machine.pause()
+        captured = await capture(machine, source, tmp_path / "captured")
+    assert captured.device_state is not None
+    whole = captured.device_state.read_bytes()
+    captured.device_state.write_bytes(whole[: len(whole) // 2])
+    fork = fork_of(captured, tmp_path / "fork")
+    with pytest.raises(Exception, match=r"\w"):
+        await driver.start(SPEC, fork)
+    assert [path for path in fork.directory.iterdir() if path.is_socket()] == []
+
+
+async def test_a_vmm_that_dies_is_noticed_at_each_step(
+    driver: Driver, tiny: Path, tmp_path: Path
+) -> None:
+    source = resources_of(tmp_path / "source", tiny)
+    async with running(driver, source) as machine:
+        await counted(source)
+        await machine.pause()
+        os.kill(machine.process.pid, 9)
+        await asyncio.wait_for(machine.wait_exit(), DEADLINE)
+        for step in (machine.pause(), machine.resume(), machine.status()):
+            with pytest.raises(VmmFailure):
+                await step
+        with pytest.raises(VmmFailure):
+            await machine.save_devices(tmp_path / "devices", source.memory_image)
