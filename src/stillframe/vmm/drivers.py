@@ -18,12 +18,14 @@ def make_drivers(
     *,
     firecracker_binary: str = "firecracker",
     cloud_hypervisor_binary: str = "cloud-hypervisor",
+    programs_dir: Path | None = None,
     tracker: Path | None = None,
     fake: bool = False,
 ) -> list[Driver]:
     """All drivers, each of which finds out for itself whether it can work here.
 
     ``accelerator`` is auto, kvm or tcg; ``cache_dir`` keeps slow findings for the next start;
+    ``programs_dir`` is where ``stillframe setup`` installs hypervisors;
     ``tracker`` is the library that has writes to guest memory tracked.
     The fake hypervisor runs no guest kernel and is only there when asked for by name.
     """
@@ -37,7 +39,7 @@ def make_drivers(
         )
         for hypervisor in BOARDS
     ]
-    drivers.append(FirecrackerDriver(firecracker_binary, qemu_binary=qemu_binary))
+    drivers.append(FirecrackerDriver(firecracker_binary, installed=programs_dir))
     drivers.append(CloudHypervisorDriver(cloud_hypervisor_binary, qemu_binary=qemu_binary))
     if fake:
         from stillframe.vmm.fake.driver import FakeDriver
