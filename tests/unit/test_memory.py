@@ -158,9 +158,12 @@ def test_an_image_mapped_in_two_parts_is_read_as_one(image: Path) -> None:
         seen.read(joined, buffer)
         assert [buffer[page * PAGE] for page in range(3)] == [77] * 3
         buffer.close()
-    with image.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY):
-        with pytest.raises(HostFailure, match="twice"):
-            GuestMemory(os.getpid(), image)
+    with (
+        image.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY),
+        pytest.raises(HostFailure, match="twice"),
+    ):
+        GuestMemory(os.getpid(), image)
     for part in parts:
         part.close()
 
