@@ -68,11 +68,34 @@ void boot_load_modules(void) {
     unlink("/modules/order");
 }
 
+/* The disks, as the host numbers them. */
+enum { ROOT_DISK, OVERLAY_DISK, CONFIG_DISK, DISKS };
+
+/*
+ * Where a disk is. Not every machine finds its disks in their order, so hosts that can, tell the number as a serial
+ * number (virtio-blk); elsewhere the order must do.
+ */
+static const char *disk(int number) {
+    static char path[DISKS][sizeof "/dev/vda"];
+    char name[64], serial[64], wanted[32];
+    snprintf(wanted, sizeof wanted, "stillframe%d", number);
+    snprintf(path[number], sizeof path[number], "/dev/vd%c", 'a' + number);
+    for (char letter = 'a'; letter <= 'z'; letter++) {
+        snprintf(name, sizeof name, "/sys/block/vd%c/serial", letter);
+        if (read_file(name, serial, sizeof serial) < 0)
+            continue;
+        serial[strcspn(serial, "\n")] = 0;
+        if (!strcmp(serial, wanted))
+            path[number][sizeof "/dev/vd" - 1] = letter;
+    }
+    return path[number];
+}
+
 void boot_read_config(struct config *config) {
     uint8_t head[20];
-    int fd = open("/dev/vdc", O_RDONLY | O_CLOEXEC);
+    int fd = open(disk(CONFIG_DISK), O_RDONLY | O_CLOEXEC);
     if (fd < 0 || read(fd, head, sizeof head) != sizeof head)
-        boot_failed("config disk /dev/vdc");
+        boot_failed("config disk");
     uint32_t size = head[16] | head[17] << 8 | head[18] << 16 | (uint32_t)head[19] << 24;
     errno = EPROTO;
     if (memcmp(head, CONFIG_MAGIC, 16) || size > 1 << 20)
@@ -100,11 +123,11 @@ static void mount_root(void) {
     mkdir("/lower", 0755);
     mkdir("/over", 0755);
     mkdir("/root", 0755);
-    if (mount("/dev/vda", "/lower", "squashfs", MS_RDONLY, NULL))
-        boot_failed("root image /dev/vda");
+    if (mount(disk(ROOT_DISK), "/lower", "squashfs", MS_RDONLY, NULL))
+        boot_failed("root image");
     /* The disk is new and zero: to zero its inode tables would store a hundred megabytes of nothing. */
-    if (mount("/dev/vdb", "/over", "ext4", MS_NOATIME, "noinit_itable"))
-        boot_failed("overlay disk /dev/vdb");
+    if (mount(disk(OVERLAY_DISK), "/over", "ext4", MS_NOATIME, "noinit_itable"))
+        boot_failed("overlay disk");
     mkdir("/over/upper", 0755);
     mkdir("/over/work", 0755);
     if (mount("overlay", "/root", "overlay", 0, "lowerdir=/lower,upperdir=/over/upper,workdir=/over/work"))

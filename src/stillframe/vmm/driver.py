@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 from uuid import UUID
 
+from stillframe.model.errors import VmmFailure
 from stillframe.model.values import Hypervisor, ProcessIdentity
 
 
@@ -49,6 +50,18 @@ class MachineSpec:
     accelerator: str
     network: bool = True
     layout: int = DEVICE_LAYOUT
+
+
+def check_shape(spec: MachineSpec, memory_image: Path) -> None:
+    """Raises VmmFailure for an image that is not of exactly the size of the VM's memory."""
+    try:
+        size = memory_image.stat().st_size
+    except OSError as error:
+        raise VmmFailure(f"the memory image cannot be looked at: {error.strerror}") from error
+    if size != spec.memory_bytes:
+        raise VmmFailure(
+            f"the memory image has {size} bytes, the VM {spec.memory_bytes}", size=size
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from stillframe.vmm.driver import (
     MachineResources,
     MachineSpec,
     MachineStatus,
+    check_shape,
 )
 from stillframe.vmm.kvm import kvm_reason
 from stillframe.vmm.names import give_names, last_words, remove_names
@@ -176,6 +177,7 @@ class CloudHypervisorDriver:
             raise MissingComponent(
                 f"Cloud Hypervisor is not available: {probe.reason}", hint=probe.hint
             )
+        check_shape(spec, resources.memory_image)
         directory = resources.directory
         async with contextlib.AsyncExitStack() as undo:
             _clear(directory)

@@ -28,7 +28,7 @@ from stillframe.model.errors import (
     VmmFailure,
 )
 from stillframe.model.values import Hypervisor, ProcessIdentity
-from stillframe.vmm.driver import DriverProbe, MachineResources, MachineSpec
+from stillframe.vmm.driver import DriverProbe, MachineResources, MachineSpec, check_shape
 from stillframe.vmm.firecracker import api
 from stillframe.vmm.firecracker.isolation import Seen, SharedDirectory, confined
 from stillframe.vmm.firecracker.machine import FirecrackerMachine
@@ -110,6 +110,7 @@ class FirecrackerDriver:
                 "Firecracker has no network without a tap device of the host",
                 hint="turn the instance's network off, or use qemu",
             )
+        check_shape(spec, resources.memory_image)
         shared = SharedDirectory(resources.directory)
         async with contextlib.AsyncExitStack() as undo:
             undo.callback(_remove, shared)

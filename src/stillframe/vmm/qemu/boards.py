@@ -82,7 +82,7 @@ class Microvm:
         """microvm with ACPI and a serial port."""
         return (
             "microvm,memory-backend=mem,suppress-vmdesc=on,acpi=on,isa-serial=on,"
-            "auto-kernel-cmdline=off"
+            "auto-kernel-cmdline=off,ioapic2=off"
         )
 
     def virtio(self, spec: MachineSpec, kind: str, slot: int, properties: str) -> str:

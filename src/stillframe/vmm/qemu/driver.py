@@ -27,6 +27,7 @@ from stillframe.vmm.driver import (
     MachineResources,
     MachineSpec,
     MachineStatus,
+    check_shape,
 )
 from stillframe.vmm.qemu.boards import BOARDS
 from stillframe.vmm.qemu.command import QemuBuild, command_line
@@ -267,6 +268,7 @@ class QemuDriver:
     async def start(self, spec: MachineSpec, resources: MachineResources) -> QemuMachine:
         """Spawn QEMU; with device state, load it and stand still. Nothing is left on failure."""
         build = await self._available()
+        check_shape(spec, resources.memory_image)
         sockets = _Sockets(resources.directory)
         async with contextlib.AsyncExitStack() as undo:
             undo.callback(sockets.remove)
