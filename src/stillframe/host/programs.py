@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 
-def find_program(name: str, installed: Path | None) -> str | None:
+def find_program(name: str, installed: Path | None = None) -> str | None:
     """The program's absolute path; None when it is nowhere.
 
     A name with a slash is a path and nothing else. ``installed`` is looked into after PATH.

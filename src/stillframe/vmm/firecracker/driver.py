@@ -58,13 +58,9 @@ class FirecrackerDriver:
         binary: str = "firecracker",
         *,
         accelerator: str = "auto",
-        installed: Path | None = None,
     ) -> None:
-        """``accelerator``: auto tries whether KVM runs guests; kvm trusts it.
-
-        ``installed`` is where ``stillframe setup`` puts programs; PATH comes first.
-        """
-        self._name, self._accelerator, self._installed = binary, accelerator, installed
+        """``accelerator``: auto tries whether KVM runs guests; kvm trusts it."""
+        self._name, self._accelerator = binary, accelerator
         self._probing = asyncio.Lock()
         self._probe: DriverProbe | None = None
         self._binary = ""
@@ -86,7 +82,7 @@ class FirecrackerDriver:
             return self._probe
 
     async def _examine(self) -> api.Version:
-        found = find_program(self._name, self._installed)
+        found = find_program(self._name)
         if found is None:
             raise MissingComponent(
                 f"{self._name} is not installed", hint="stillframe setup firecracker"
