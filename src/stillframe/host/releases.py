@@ -136,7 +136,9 @@ def _note(release: Release, directory: Path) -> Path:
 def _download(url: str, part: Path, progress: Callable[[int], None]) -> None:
     """Fetch ``url`` into ``part``, from where an earlier attempt broke off."""
     done = part.stat().st_size if part.exists() else 0
-    headers = {"Range": f"bytes={done}-", "Accept-Encoding": "identity"} if done else {}
+    headers = {"Accept-Encoding": "identity"}
+    if done:
+        headers["Range"] = f"bytes={done}-"
     try:
         with (
             httpx2.Client(timeout=_TIMEOUT, follow_redirects=True) as client,
@@ -152,7 +154,7 @@ def _download(url: str, part: Path, progress: Callable[[int], None]) -> None:
             if answer.status_code == 200:
                 done = 0
             with part.open("ab" if done else "wb") as file:
-                for block in answer.iter_bytes(_BLOCK):
+                for block in answer.iter_raw():
                     file.write(block)
                     progress(len(block))
     except httpx2.HTTPError as error:
