@@ -5,9 +5,11 @@ A new verb is a new ``Verb`` in ``VERBS``.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from crash.world import Violation, World
@@ -29,6 +31,7 @@ class Stage:
     disk: str = ""
     name: str = ""  # of what the verb makes or works on
     subject: str = ""  # its id, where ``prepare`` has made it
+    archive: bytes = b""
     facts: dict[str, str] = field(default_factory=dict)
 
     def build(self) -> None:
@@ -165,6 +168,110 @@ def _delete_subject_snapshot(stage: Stage) -> Answer:
 
 def _snapshot_gone(stage: Stage) -> bool:
     return not _taken(stage)
+
+
+# -- compression ----------------------------------------------------------------------------------
+_ZSTD = {"enabled": True, "algorithm": "zstd", "level": 1}
+
+
+def _take_compressed(stage: Stage) -> Answer:
+    """Ask for a compressed snapshot, and wait until it is, or cannot be, or the server is gone."""
+    body = {"kind": "Standby", "name": stage.name, "compression": _ZSTD}
+    answer = stage.world.request("POST", f"/instances/{stage.source}/snapshots", body)
+    return _until_compressed(stage, answer)
+
+
+def _until_compressed(stage: Stage, answer: Answer) -> Answer:
+    deadline = time.monotonic() + _DEADLINE
+    while 200 <= answer[0] < 300 and answer[1]["compression_state"] == "compressing":
+        if time.monotonic() > deadline:
+            raise Violation(f"it is compressed for ever: {answer[1]}")
+        time.sleep(0.01)
+        answer = stage.world.request("GET", f"/snapshots/{answer[1]['id']}")
+    if answer[0] and answer[1].get("compression_error"):
+        return 500, answer[1]
+    return answer
+
+
+def _compressed(stage: Stage) -> bool:
+    """There is none, or it is whole: compressed, or raw with the reason why it is not."""
+    made = stage.world.snapshot_named(stage.name)
+    if made is None:
+        return False
+    status, settled = _until_compressed(stage, (200, made))
+    if status != 200 and not settled.get("compression_error"):
+        raise Violation(f"it cannot be looked at: {status} {settled}")
+    if settled["compression_state"] not in ("compressed", "error"):
+        raise Violation(f"it asked for compression and is {settled['compression_state']}")
+    stage.world.check_snapshot(made["id"])
+    return True
+
+
+def _compressed_past(stage: Stage) -> None:
+    """A compressed snapshot of the source, to fork from."""
+    status, made = _take_compressed(stage)
+    if status != 200:
+        raise Violation(f"no compressed snapshot: {status} {made}")
+    stage.facts["snapshot"] = made["id"]
+
+
+def _fork_compressed(stage: Stage) -> Answer:
+    body = {"name": stage.name, "target_state": "Running"}
+    return stage.world.request("POST", f"/snapshots/{stage.facts['snapshot']}/fork", body)
+
+
+# -- export and import ----------------------------------------------------------------------------
+def _archive(stage: Stage) -> None:
+    status, stage.archive = stage.world.transfer("GET", f"/snapshots/{stage.live}/export", None)
+    if status != 200:
+        raise Violation(f"the export answered {status}: {stage.archive[:500]!r}")
+
+
+def _import(stage: Stage) -> Answer:
+    path = f"/snapshots/import?name={stage.name}"
+    status, content = stage.world.transfer("POST", path, stage.archive)
+    return status, json.loads(content) if content else None
+
+
+def _imported(stage: Stage) -> bool:
+    """There is none, or a whole one that forks into a guest with its memory."""
+    made = stage.world.snapshot_named(stage.name)
+    if made is None:
+        return False
+    stage.world.check_snapshot(made["id"])
+    fork = stage.world.must(
+        "POST", f"/snapshots/{made['id']}/fork",
+        {"name": f"{stage.name}-fork", "target_state": "Running"},
+    )  # fmt: skip
+    stage.world.expect_running(fork["id"], "of-source")
+    stage.world.delete(f"{stage.name}-fork")
+    return True
+
+
+# -- expiry ---------------------------------------------------------------------------------------
+def _expire(stage: Stage) -> Answer:
+    """Let a snapshot expire now, and wait until it has gone, or the server has."""
+    soon = datetime.now(UTC) + timedelta(seconds=1)
+    wish = {"expires_at": soon.isoformat()}
+    return _until_expired(stage, stage.world.request("PATCH", f"/snapshots/{stage.subject}", wish))
+
+
+def _until_expired(stage: Stage, answer: Answer) -> Answer:
+    deadline = time.monotonic() + _DEADLINE
+    while answer[0] == 200:
+        if time.monotonic() > deadline:
+            raise Violation("it does not expire")
+        time.sleep(0.02)
+        answer = stage.world.request("GET", f"/snapshots/{stage.subject}")
+    return (204, None) if answer[0] == 404 else answer
+
+
+def _expired(stage: Stage) -> bool:
+    made = stage.world.snapshot_named(stage.name)
+    if made is not None and made.get("expires_at") is None:
+        stage.world.check_snapshot(made["id"])
+        return False
+    return made is None or _until_expired(stage, (200, made))[0] == 204
 
 
 # -- forks ----------------------------------------------------------------------------------------
@@ -367,5 +474,11 @@ VERBS = (
          _subject_with_past, _delete_both),
     Verb("restore in place to Stopped", _restore_to("Stopped"), _stopped_in_place,
          _subject_with_past, _delete_both),
+    Verb("compress", _take_compressed, _compressed, cleanup=_delete_snapshot_named,
+         background=True),
+    Verb("fork of a compressed snapshot", _fork_compressed, _forked("Running"), _compressed_past,
+         _delete_both),
+    Verb("import", _import, _imported, _archive, _delete_snapshot_named),
+    Verb("expiry", _expire, _expired, _take_subject, _delete_snapshot_named, background=True),
     Verb("scheduled run", _run_schedule, _has_run, _schedule, _delete_schedule, background=True),
 )  # fmt: skip
