@@ -160,6 +160,52 @@ async def test_a_vmm_that_is_gone_is_a_failure(tmp_path: Path) -> None:
         await one.kill()
 
 
+async def test_what_a_dead_vmm_left_goes_when_it_is_looked_for(tmp_path: Path) -> None:
+    shared = SharedDirectory(tmp_path)
+    shared.make()
+    shared.memory.write_bytes(b"half a snapshot")
+    process = spawn(["true"], output=tmp_path / "log")
+    await process.wait()
+    made = driver.FirecrackerDriver("true", accelerator="kvm")
+    with pytest.raises(VmmFailure, match="is gone"):
+        await made.adopt(process.identity, resources(tmp_path))
+    assert not shared.path.exists()
+
+
+async def test_a_running_one_tells_its_version_and_how_it_came(tmp_path: Path) -> None:
+    async with conversing(tmp_path, recorded(RECORDED, "capture")[:1], loaded=False) as (one, _):
+        made = driver.FirecrackerDriver("true", accelerator="kvm")
+        adopted = await made.adopt(one.process, resources(tmp_path))
+        assert (adopted.version, adopted.writes_memory) == ((1, 16, 1), True)
+        await adopted.close()
+
+
+async def test_the_agent_is_dialled_when_the_guest_says_that_it_listens(tmp_path: Path) -> None:
+    console = tmp_path / "console"
+    console.touch()
+    refused = asyncio.Event()
+
+    async def guest(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = await reader.readline()
+        if "READY" in console.read_text():
+            writer.write(b"OK 1073741824\n")
+            assert asked == b"CONNECT 2222\n"
+            await writer.drain()
+            await reader.read()
+        else:  # as Firecracker hangs up while nobody listens in the guest
+            refused.set()
+        writer.close()
+
+    async with conversing(tmp_path, [], loaded=False) as (one, _):
+        server = await asyncio.start_unix_server(guest, tmp_path / "jail/vsock.sock")
+        async with server, asyncio.timeout(60):
+            dialling = asyncio.create_task(one.dial_agent())
+            await refused.wait()
+            console.write_text("STILLFRAME-AGENT-READY nonce=n1\n")
+            _, writer = await dialling
+            writer.close()
+
+
 async def test_it_has_no_network_without_a_tap(tmp_path: Path) -> None:
     made = driver.FirecrackerDriver("true", accelerator="kvm")
     made._version, made._probe = (1, 16, 1), await made.probe()

@@ -144,7 +144,11 @@ class FirecrackerDriver:
         self, process: ProcessIdentity, resources: MachineResources
     ) -> FirecrackerMachine:
         """Take over a Firecracker that an earlier server started. Raises VmmFailure."""
-        adopted = adopt(process)
+        try:
+            adopted = adopt(process)
+        except VmmFailure:  # nobody else would remove what it left
+            await asyncio.to_thread(_remove, SharedDirectory(resources.directory))
+            raise
         try:
             loaded = await asyncio.to_thread(_maps, process.pid, resources.memory_image)
             # The running one may be older than what is installed by now: it says itself.

@@ -108,7 +108,12 @@ class FirecrackerMachine:
 
     async def dial_agent(self) -> AgentStream:
         """Connect to the agent's vsock port."""
-        return await dial_vsock(self._shared.agent, AGENT_VSOCK_PORT, deadline=_AGENT_DEADLINE)
+        return await dial_vsock(
+            self._shared.agent,
+            AGENT_VSOCK_PORT,
+            deadline=_AGENT_DEADLINE,
+            console=self._console_log,
+        )
 
     async def power_button(self) -> None:
         """Press Ctrl-Alt-Del (PUT /actions)."""
