@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import pytest
 from stillframe.host.orphans import kill_orphans, processes_naming
 from stillframe.host.process import Process, spawn
 from stillframe.host.programs import find_program
+from stillframe.host.sockets import connect_socket
 from stillframe.model.errors import NotSupported, StorageFull, VmmFailure
 from stillframe.vmm.driver import DeviceLimits, MachineResources, MachineStatus
 from stillframe.vmm.firecracker import api, driver, machine
@@ -47,12 +48,17 @@ def writing(home: Path) -> Any:
 
 @asynccontextmanager
 async def conversing(
-    home: Path, conversation: list[Exchange], *, loaded: bool, version: api.Version = (1, 16, 1)
+    home: Path,
+    conversation: list[Exchange],
+    *,
+    loaded: bool,
+    version: api.Version = (1, 16, 1),
+    before: Callable[[dict[str, Any]], None] | None = None,
 ) -> AsyncIterator[tuple[FirecrackerMachine, Player]]:
     """A machine whose VMM is a recording; its process is one that sleeps."""
     shared = SharedDirectory(home)
     shared.make()
-    player = Player(conversation, writing(home))
+    player = Player(conversation, before or writing(home))
     async with player.listening(shared.api):
         process = spawn(["sleep", "1000"], output=home / "log")
         one = FirecrackerMachine(
@@ -139,6 +145,45 @@ async def test_refusals_are_in_firecrackers_words(tmp_path: Path) -> None:
             await one.save_devices(tmp_path / "devices", tmp_path / "image")
         with pytest.raises(VmmFailure, match="Failed to load snapshot state from file"):
             await driver._configure(one, (1, 16, 1), SPEC, resources(tmp_path, loaded=True))
+
+
+@pytest.mark.parametrize("trick", ["link", "second name", "pipe"])
+async def test_what_is_put_in_the_place_of_a_file_is_not_taken(tmp_path: Path, trick: str) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("exit_code=0 and a secret")
+    make = {"link": Path.symlink_to, "second name": Path.hardlink_to, "pipe": None}[trick]
+
+    def before(request: dict[str, Any]) -> None:
+        for name in ("state", "memory", "log"):
+            path = tmp_path / "jail" / name
+            path.unlink(missing_ok=True)
+            if make is None:
+                os.mkfifo(path)
+            else:
+                make(path, secret)
+
+    spoken = recorded(RECORDED, "capture")[2:3]
+    async with conversing(tmp_path, spoken, loaded=False, before=before) as (one, _):
+        with pytest.raises(VmmFailure, match="is no file"):
+            await one.save_devices(tmp_path / "devices", tmp_path / "image")
+        assert not (tmp_path / "devices").exists()
+        if trick != "second name":  # which the VMM's file tree does not let it make
+            await one.kill()
+            assert "secret" not in (tmp_path / "log").read_text()
+    assert secret.exists()
+
+
+async def test_a_link_in_the_place_of_a_socket_is_not_followed(tmp_path: Path) -> None:
+    shared = SharedDirectory(tmp_path)
+    async with conversing(tmp_path, recorded(RECORDED, "capture"), loaded=True) as (one, player):
+        other = tmp_path / "other.sock"
+        shared.api.rename(other)
+        shared.api.symlink_to(other)
+        with pytest.raises(VmmFailure, match="is gone"):
+            await one.pause()
+        with pytest.raises(VmmFailure):
+            connect_socket(shared.api)
+        assert len(player.left) == 4
 
 
 async def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx2
 
+from stillframe.host.sockets import open_socket
 from stillframe.model.errors import StorageFull, VmmFailure
 
 _DEADLINE = 60.0  # seconds; a VMM that answers later hangs
@@ -32,33 +33,36 @@ class UnixHttp:
 
     def __init__(self, socket: Path, name: str) -> None:
         """``name`` is the VMM's, for messages. Nothing is connected before the first request."""
-        self._name = name
-        try:
-            # sun_path holds 108 bytes (unix(7)): the directory's descriptor makes any path short.
-            self._directory = os.open(socket.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise VmmFailure(f"{name} is gone: {error.strerror}") from error
-        self._client = httpx2.AsyncClient(
+        self._name, self._socket = name, socket
+        self._client: httpx2.AsyncClient | None = None
+        self._fd = -1
+        self._ended = False
+
+    def _opened(self) -> httpx2.AsyncClient:
+        if self._ended:
+            raise VmmFailure(f"the conversation with {self._name} has ended")
+        if self._client is None:
+            try:
+                self._fd = open_socket(self._socket)
+            except OSError as error:
+                raise VmmFailure(f"{self._name} is gone: {error.strerror}") from error
             # Without verify=False a TLS context is made, which takes longer than all the rest.
-            transport=httpx2.AsyncHTTPTransport(
-                uds=f"/proc/self/fd/{self._directory}/{socket.name}", verify=False
-            ),
-            base_url="http://localhost",
-            trust_env=False,
-        )
+            transport = httpx2.AsyncHTTPTransport(uds=f"/proc/self/fd/{self._fd}", verify=False)
+            self._client = httpx2.AsyncClient(
+                transport=transport, base_url="http://localhost", trust_env=False
+            )
+        return self._client
 
     async def call(self, call: Call, *, deadline: float = _DEADLINE) -> Any:
         """Send a request; the answer's JSON, or None where there is none.
 
         ``deadline`` is in seconds. Raises StorageFull too.
         """
-        if self._directory < 0:
-            raise VmmFailure(f"the conversation with {self._name} has ended")
         what = f"{call.method} {call.path}"
         content = None if call.body is None else json.dumps(call.body).encode()
         headers = {"Content-Type": "application/json"} if content else {}
         try:
-            response = await self._client.request(
+            response = await self._opened().request(
                 call.method, call.path, content=content, headers=headers, timeout=deadline
             )
         except httpx2.TimeoutException as error:
@@ -82,10 +86,10 @@ class UnixHttp:
 
     async def close(self) -> None:
         """End the conversation; the VMM runs on."""
-        directory, self._directory = self._directory, -1
-        if directory >= 0:
-            await self._client.aclose()
-            os.close(directory)
+        client, self._client, self._ended = self._client, None, True
+        if client is not None:
+            await client.aclose()
+            os.close(self._fd)
 
 
 def _reason(response: httpx2.Response) -> str:

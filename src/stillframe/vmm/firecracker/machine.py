@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
-from stillframe.host.files import clone, storage_errors
+from stillframe.host.files import clone, open_regular, storage_errors
 from stillframe.host.process import Process
 from stillframe.model.errors import VmmFailure
 from stillframe.model.values import ProcessIdentity
@@ -23,7 +25,7 @@ _SNAPSHOT_DEADLINE = 600.0  # seconds; memory may have to go to a slow disk
 _STATUS = {"Running": MachineStatus.RUNNING, "Paused": MachineStatus.PAUSED}
 _SWAPS = Path("/proc/swaps")
 _EXIT_MARK = b"STILLFRAME-EXIT nonce="  # the agent's last word before it halts the guest
-_TAIL = 16384  # bytes of a log in which that is looked for
+_TAIL = 65536  # bytes of a log that are read
 
 
 class FirecrackerMachine:
@@ -138,14 +140,23 @@ class FirecrackerMachine:
     def _clear(self) -> None:
         """Note why the guest ended, keep Firecracker's log, remove what it shared with us."""
         with contextlib.suppress(OSError):  # no log: cleared before
-            said = self._shared.log.read_bytes()
-            with self._console_log.open("rb") as console:
-                console.seek(max(self._printed_before, self._console_log.stat().st_size - _TAIL))
-                self.shutdown_reason = self.shutdown_reason or end_of_guest(said, console.read())
+            said = _end_of(self._shared.log)
+            printed = _end_of(self._console_log, self._printed_before)
+            self.shutdown_reason = self.shutdown_reason or end_of_guest(said, printed)
             with self._vmm_log.open("ab") as kept:
                 kept.write(said)
         with contextlib.suppress(OSError):
             self._shared.remove()
+
+
+def _end_of(log: Path, start: int = 0) -> bytes:
+    """The last of what a log holds from ``start`` on. Raises OSError.
+
+    Firecracker could put anything in the place of its log: only a regular file is read.
+    """
+    with open(open_regular(log), "rb") as file:  # noqa: PTH123 - a descriptor
+        file.seek(max(start, os.fstat(file.fileno()).st_size - _TAIL))
+        return file.read()
 
 
 def end_of_guest(log: bytes, console: bytes) -> str | None:
@@ -169,9 +180,16 @@ def _swaps() -> bool:
 
 
 def _move(source: Path, destination: Path) -> None:
-    """Move a file, to another file system by copying it. Raises StorageFull, HostFailure."""
+    """Move a file, to another file system by copying it. Raises StorageFull, HostFailure.
+
+    Only a regular file without other names: nothing else that Firecracker could have put there.
+    """
     try:
         source.replace(destination)
+        held = destination.lstat()  # out of Firecracker's reach
+        if not stat.S_ISREG(held.st_mode) or held.st_nlink > 1:
+            destination.unlink()
+            raise VmmFailure("what Firecracker wrote is no file")
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise VmmFailure(f"what Firecracker wrote is lost: {error.strerror}") from error
