@@ -271,8 +271,9 @@ async def test_it_has_no_network_without_a_tap(tmp_path: Path) -> None:
     ("log", "console", "reason"),
     [
         (b"Vmm is stopping.\nexit_code=0\n", b"STILLFRAME-EXIT nonce=1 code=0\n", "guest-shutdown"),
-        (b"Received KVM_EXIT_SHUTDOWN signal\nexit_code=0\n", b"Rebooting\n", "guest-reset"),
+        (b"Vmm is stopping.\nexit_code=0\n", b"Rebooting\n", "guest-reset"),
         (b"Received KVM_EXIT_INTERNAL_ERROR signal\nexit_code=0\n", b"", None),
+        (b"Unexpected exit reason on vcpu run: Shutdown\nexit_code=0\n", b"", None),
         (b"Running Firecracker v1.16.1\n", b"", None),
     ],
 )

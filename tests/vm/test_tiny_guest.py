@@ -57,9 +57,13 @@ DRIVERS: dict[str, tuple[str, Callable[[str], Driver]]] = {
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The guest, assembled."""
-    kernel = tmp_path_factory.mktemp("tiny") / "tiny"
+    return assembled(SOURCE, tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+def assembled(source: Path, kernel: Path) -> Path:
+    """An ELF kernel of an assembler file."""
     flags = ["-nostdlib", "-static", "-no-pie", "-Wl,-N,-Ttext-segment=0x100000,--build-id=none"]
-    subprocess.run(["gcc", *flags, "-o", kernel, SOURCE], check=True, timeout=60)
+    subprocess.run(["gcc", *flags, "-o", kernel, source], check=True, timeout=60)
     return kernel
 
 
@@ -295,3 +299,33 @@ async def test_firecracker_maps_much_memory_in_parts(
     async with running(driver, third, large) as machine:
         await machine.resume()
         assert (await counted(third, more_than=at_capture + 300))[0] == nonce
+
+
+RESETS = """
+    .section .note.Xen, "a", @note
+    .balign 4
+    .long 4, 8, 18
+    .asciz "Xen"
+    .quad _start
+    .text
+    .code32
+    .globl _start
+_start:
+    movb $0xfe, %al
+    outb %al, $0x64
+1:  jmp 1b
+    .section .note.GNU-stack, "", @progbits
+"""
+
+
+async def test_firecracker_tells_that_its_guest_reset(driver: Driver, tmp_path: Path) -> None:
+    if driver.hypervisor is not Hypervisor.FIRECRACKER:
+        pytest.skip("another VMM")
+    (tmp_path / "resets.S").write_text(RESETS)
+    kernel = assembled(tmp_path / "resets.S", tmp_path / "resets")
+    source = resources_of(tmp_path / "source", kernel)
+    async with running(driver, source) as machine:
+        await asyncio.wait_for(machine.wait_exit(), DEADLINE)
+        assert machine.shutdown_reason == "guest-reset"
+    assert "exit_code=0" in source.vmm_log.read_text()
+    assert not (source.directory / "jail").exists()

@@ -163,10 +163,11 @@ def end_of_guest(log: bytes, console: bytes) -> str | None:
     """Why the guest ended, by what Firecracker and the guest wrote; None if it did not end itself.
 
     Firecracker has no power to switch off: a guest that halts and one that reboots both end in a
-    reset (``KVM_EXIT_SHUTDOWN``, or by the keyboard controller) and exit code 0. A guest that is
-    shut down by its agent has said so on the console.
+    reset, and so in exit code 0. One that is shut down by its agent has said so on the console.
+    What KVM could not run may end in exit code 0 as well, but not without an error.
     """
-    if b"exit_code=0" not in log or b"KVM_EXIT_INTERNAL_ERROR" in log:
+    faults = (b"KVM_EXIT_INTERNAL_ERROR", b"Unexpected exit reason")
+    if b"exit_code=0" not in log or any(fault in log for fault in faults):
         return None
     return "guest-shutdown" if _EXIT_MARK in console else "guest-reset"
 
