@@ -220,6 +220,10 @@ def real_drivers() -> dict[str, Driver]:
         # Which accelerator works is the probe's question, not this suite's.
         os.environ.get("STILLFRAME_ACCELERATOR", "tcg"),
         ROOT / ".cache",
+        firecracker_binary=os.environ.get("STILLFRAME_FIRECRACKER_BINARY", "firecracker"),
+        cloud_hypervisor_binary=os.environ.get(
+            "STILLFRAME_CLOUD_HYPERVISOR_BINARY", "cloud-hypervisor"
+        ),
         tracker=TRACKER,
     )
     return {driver.hypervisor.value: driver for driver in made}
