@@ -177,6 +177,13 @@ def _sources(
                 hint="it has no digest table; snapshots of format 1 must be given one first",
                 file=name,
             )
+        if entry.table is not None and name in SMALL_FILES:
+            raise InvalidRequest(
+                f"snapshot file {name} of {entry.size} bytes cannot be exported",
+                hint="device state of this size holds the guest's memory as its hypervisor keeps "
+                "it; that of vz loads on the Mac that saved it only",
+                file=name,
+            )
         reader = stack.enter_context(open_content(payload, name))
         check_content(reader, entry)
         found.file(part, reader, _open_table(payload, name, entry, stack))

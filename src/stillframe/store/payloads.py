@@ -97,7 +97,8 @@ def add_tables(payload: Payload) -> dict[str, Any]:
 
 
 def _entry(payload: Payload, name: str, known_table: str | None) -> FileEntry:
-    if name == payload.devices.name:
+    # State that holds the guest's memory too (vz) is digested in parts, as memory is.
+    if name == payload.devices.name and payload.devices.stat().st_size <= MAX_SMALL:
         content = read_small(payload.devices, MAX_SMALL)
         return FileEntry(len(content), blake3=blake3(content).hexdigest())
     table = payload.table(name)
@@ -137,14 +138,19 @@ def share_memory(source: Payload, destination: Payload) -> dict[str, str]:
     A memory that is there already (the same in another representation) stays. Returns what
     ``seal`` wants to know as ``tables``. Raises DamagedData, OSError.
     """
-    entry = file_entries(read_manifest(source.manifest)).get(source.memory.name)
-    if entry is None:
+    entries = file_entries(read_manifest(source.manifest))
+    if source.memory.name not in entries:
         raise damaged(source.memory.name, "is missing")
     if memory_file(destination) is None:
         _share_image(source, destination)
-    for name in [source.devices.name, *([entry.table] if entry.table else [])]:
-        os.link(source.directory / name, destination.directory / name)
-    return {source.memory.name: entry.table_blake3} if entry.table_blake3 else {}
+    os.link(source.devices, destination.devices)
+    tables = {}
+    for name in (source.memory.name, source.devices.name):
+        entry = entries.get(name)
+        if entry is not None and entry.table is not None and entry.table_blake3 is not None:
+            os.link(source.directory / entry.table, destination.directory / entry.table)
+            tables[name] = entry.table_blake3
+    return tables
 
 
 def _share_image(source: Payload, destination: Payload) -> None:
