@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from stillframe.engine.interface import ForkRequest
 from stillframe.engine.keeping.interface import (
     Allotment,
     Compatibility,
@@ -16,6 +17,7 @@ from stillframe.engine.keeping.interface import (
     InstanceShare,
     RetentionLine,
     RetentionPlan,
+    RunPreview,
     SnapshotChanges,
     SnapshotUse,
     UploadStatus,
@@ -23,7 +25,8 @@ from stillframe.engine.keeping.interface import (
 from stillframe.model.errors import NotFound
 from stillframe.model.lineage import Family, Lineage, Relative
 from stillframe.model.schedules import Schedule, ScheduleRequest, check_schedule, first_run
-from stillframe.model.values import Instance, Snapshot
+from stillframe.model.states import InstanceState
+from stillframe.model.values import Hypervisor, Instance, Snapshot
 from stillframe.model.verification import Damage, Depth, Verification
 
 MADE = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -71,6 +74,30 @@ class KeepingDouble:
         self._note("preview_deletion", snapshot_id, force=force)
         snapshot = self.find_snapshot(snapshot_id)
         return DeletionPreview(snapshot, 4096, (self._family.instance(self.instances[0].id),))
+
+    async def preview_fork(self, snapshot_id: str, request: ForkRequest) -> RunPreview:
+        self._note("preview_fork", snapshot_id, request)
+        return self._run_preview(snapshot_id, request.name)
+
+    async def preview_restore(
+        self,
+        instance_id: str,
+        snapshot_id: str,
+        *,
+        target_state: InstanceState | None = None,
+        target_hypervisor: Hypervisor | None = None,
+    ) -> RunPreview:
+        self._note(
+            "preview_restore", instance_id, snapshot_id,
+            target_state=target_state, target_hypervisor=target_hypervisor,
+        )  # fmt: skip
+        return self._run_preview(snapshot_id, "source", lost=8192)
+
+    def _run_preview(self, snapshot_id: str, name: str, lost: int = 0) -> RunPreview:
+        return RunPreview(
+            self.find_snapshot(snapshot_id), name, InstanceState.RUNNING, Hypervisor.QEMU,
+            1 << 30, 4096, 0, lost, ("the name is taken",), ("try another",),
+        )  # fmt: skip
 
     @property
     def _family(self) -> Family:

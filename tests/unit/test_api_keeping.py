@@ -389,3 +389,22 @@ async def test_resources_are_those_of_the_host_and_the_records(
     assert body["snapshots"]["stored_bytes"] == made.stored_bytes
     reader = bearer(permissions=["instance:read"])
     assert (await client.get("/resources", headers=reader)).status_code == 403
+
+
+async def test_a_dry_run_of_a_fork_and_a_restore_answers_what_would_happen(
+    client: httpx.AsyncClient, engine: Engine
+) -> None:
+    source = await running(engine)
+    made = await engine.snapshot(source.id, kind=LIVE, name="base")
+    dry = {"dry_run": "true"}
+    path = f"/snapshots/{made.id}/fork"
+    told = await client.post(path, params=dry, json={"name": "fork"})
+    assert told.status_code == 200
+    assert (told.json()["name"], told.json()["refused"]) == ("fork", [])
+    taken = (await client.post(path, params=dry, json={"name": "source"})).json()
+    assert "already exists" in taken["refused"][0]
+    path = f"/instances/{source.id}/snapshots/{made.id}/restore"
+    told = await client.post(path, params=dry, json={})
+    assert told.status_code == 200
+    assert "must be Standby or Stopped" in told.json()["refused"][0]
+    assert [instance.name for instance in engine.list_instances()] == ["source"]

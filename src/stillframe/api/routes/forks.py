@@ -33,6 +33,7 @@ from stillframe.api.schemas.forks import (
     WarmBody,
 )
 from stillframe.api.schemas.instances import InstanceAnswer
+from stillframe.api.schemas.lineage import RunPreviewAnswer
 from stillframe.engine.interface import ForkOutcome, WarmStatus
 from stillframe.model.errors import StillframeError
 
@@ -43,13 +44,24 @@ router = APIRouter(route_class=ScopedRoute, tags=["snapshots"])
     "/snapshots/{snapshot_id}/fork",
     status_code=201,
     response_model=InstanceAnswer,
-    responses=problems(404, 409, 501),
+    responses={
+        200: {"model": RunPreviewAnswer, "description": "What would happen (dry_run)"},
+        **problems(404, 409, 501),
+    },
     openapi_extra=needs("snapshot:write"),
 )
-async def fork_snapshot(engine: Engine, snapshot_id: str, body: SnapshotForkBody) -> JSONResponse:
-    """Make a new instance from a snapshot, whose source may be gone."""
+async def fork_snapshot(
+    engine: Engine, snapshot_id: str, body: SnapshotForkBody, dry_run: bool = False
+) -> JSONResponse:
+    """Make a new instance from a snapshot, whose source may be gone.
+
+    With ``dry_run`` the answer is 200 and says what would happen, all reasons against it included;
+    nothing is made.
+    """
     wanted = body.parse()
     snapshot = engine.find_snapshot(snapshot_id)
+    if dry_run:
+        return RunPreviewAnswer.of(await engine.preview_fork(snapshot.id, wanted)).response()
     with contract_codes(CONFLICTS):
         fork = await engine.fork_snapshot(snapshot.id, wanted)
     return InstanceAnswer.of(fork).response(201)

@@ -18,7 +18,12 @@ from stillframe.api.border import TAGS_QUERY, Engine, TagFilter
 from stillframe.api.errors import contract_codes, problems
 from stillframe.api.schemas.base import Text, respond_list
 from stillframe.api.schemas.instances import InstanceAnswer
-from stillframe.api.schemas.lineage import DeletionPreviewAnswer, LineageAnswer, RelativeAnswer
+from stillframe.api.schemas.lineage import (
+    DeletionPreviewAnswer,
+    LineageAnswer,
+    RelativeAnswer,
+    RunPreviewAnswer,
+)
 from stillframe.api.schemas.moving import (
     CompatibilityAnswer,
     UploadAnswer,
@@ -80,16 +85,28 @@ async def create_snapshot(engine: Engine, id: str, body: SnapshotCreateBody) -> 
 
 @router.post(
     "/instances/{id}/snapshots/{snapshot_id}/restore",
-    response_model=InstanceAnswer,
+    response_model=InstanceAnswer | RunPreviewAnswer,
     responses=problems(404, 409, 501),
     openapi_extra=needs("snapshot:write"),
 )
 async def restore_snapshot(
-    engine: Engine, id: str, snapshot_id: str, body: SnapshotRestoreBody
+    engine: Engine, id: str, snapshot_id: str, body: SnapshotRestoreBody, dry_run: bool = False
 ) -> JSONResponse:
-    """Put an instance back to one of its own snapshots."""
+    """Put an instance back to one of its own snapshots.
+
+    With ``dry_run`` the answer says what would happen, all reasons against it included, and nothing
+    is done.
+    """
     instance = engine.find_instance(id)
     snapshot = engine.find_snapshot(snapshot_id)
+    if dry_run:
+        preview = await engine.preview_restore(
+            instance.id,
+            snapshot.id,
+            target_state=body.state(),
+            target_hypervisor=body.target_hypervisor,
+        )
+        return RunPreviewAnswer.of(preview).response()
     restored = await engine.restore_snapshot(
         instance.id,
         snapshot.id,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from datetime import datetime
 
 from stillframe.api.schemas.base import Answer, utc
-from stillframe.engine.keeping.interface import DeletionPreview
+from stillframe.engine.keeping.interface import DeletionPreview, RunPreview
 from stillframe.model.lineage import Lineage, Relative, RelativeKind
+from stillframe.model.states import InstanceState
+from stillframe.model.values import Hypervisor
 
 
 class RelativeAnswer(Answer):
@@ -91,4 +93,39 @@ class DeletionPreviewAnswer(Answer):
             shared_with=[RelativeAnswer.of(relative) for relative in preview.shared_with],
             in_use=preview.in_use,
             refused=preview.refused,
+        )
+
+
+class RunPreviewAnswer(Answer):
+    """What forking or restoring a snapshot would do. ``refused`` are all the reasons against it.
+
+    ``bytes_copied`` is disk, where the file system cannot share blocks; ``bytes_expanded`` memory
+    that is compressed; ``bytes_lost`` what a restore in place gives up for ever.
+    """
+
+    snapshot_id: str
+    name: str
+    state: InstanceState | None = None
+    hypervisor: Hypervisor
+    memory_bytes: int
+    bytes_copied: int
+    bytes_expanded: int
+    bytes_lost: int
+    refused: list[str]
+    advice: list[str]
+
+    @classmethod
+    def of(cls, preview: RunPreview) -> RunPreviewAnswer:
+        """The wire form of a preview."""
+        return cls(
+            snapshot_id=preview.snapshot.id,
+            name=preview.name,
+            state=preview.state,
+            hypervisor=preview.hypervisor,
+            memory_bytes=preview.memory_bytes,
+            bytes_copied=preview.bytes_copied,
+            bytes_expanded=preview.bytes_expanded,
+            bytes_lost=preview.bytes_lost,
+            refused=list(preview.refused),
+            advice=list(preview.advice),
         )

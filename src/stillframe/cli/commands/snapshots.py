@@ -28,6 +28,9 @@ _MOST = 1000
 _LOOK_SECONDS = 0.25
 Tags = Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="KEY=VALUE")]
 TargetState = Annotated[str | None, typer.Option("--state", help="Stopped, Standby or Running.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would happen and what is against it.")
+]
 
 
 @app.command()
@@ -207,6 +210,7 @@ def restore(
         str | None, typer.Option("--instance", help="Default: the snapshot's source.")
     ] = None,
     state: TargetState = None,
+    dry_run: DryRun = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Put a stopped or standby instance back to a snapshot."""
@@ -215,8 +219,13 @@ def restore(
     path = instance_path(
         instance or found["source_instance_id"], "snapshots", found["id"], "restore"
     )
+    body = {"target_state": state} if state else {}
+    if dry_run:
+        preview = client.request("POST", path, body=body, query={"dry_run": "true"})
+        _print_previews([preview], as_json)
+        return
     with output.working(f"restoring {found['source_instance_name']}"):
-        answer = client.request("POST", path, body={"target_state": state} if state else {})
+        answer = client.request("POST", path, body=body)
     output.print_json(answer) if as_json else _instance_table([answer])
 
 
@@ -236,6 +245,7 @@ def fork(
     tag: Tags = None,
     env: Annotated[list[str] | None, typer.Option("--env", "-e", metavar="KEY=VALUE")] = None,
     state: TargetState = None,
+    dry_run: DryRun = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Make new instances from a snapshot; exit 1 if not all could be made."""
@@ -257,12 +267,49 @@ def fork(
     elif names and len(names) > 1:
         wishes |= {"count": len(names), "overrides": [{"name": name} for name in names]}
     body = {key: value for key, value in wishes.items() if value is not None}
+    if dry_run:
+        _preview_forks(client, found["id"], names or [], body, as_json)
+        return
     with output.working(f"forking {snapshot}"):
         outcomes = _fork(client, f"/snapshots/{found['id']}", names or [], body)
     output.print_json(outcomes) if as_json else _outcome_table(outcomes)
     if failed := [outcome for outcome in outcomes if "error" in outcome]:
         for outcome in failed:
             output.say(f"error: {outcome['name']}: {_reason(outcome['error'])}")
+        raise typer.Exit(1)
+
+
+def _preview_forks(
+    client: Client, snapshot_id: str, names: list[str], body: dict[str, Any], as_json: bool
+) -> None:
+    """What each of the forks would do; exit 1 if any would be refused."""
+    wishes = {key: body[key] for key in ("target_state", "tags", "env") if key in body}
+    previews = [
+        client.request(
+            "POST", f"/snapshots/{snapshot_id}/fork",
+            body={**wishes, "name": name}, query={"dry_run": "true"},
+        )
+        for name in names
+    ]  # fmt: skip
+    _print_previews(previews, as_json)
+
+
+def _print_previews(previews: list[dict[str, Any]], as_json: bool) -> None:
+    """A table, or JSON; exit 1 if anything would be refused."""
+    if as_json:
+        output.print_json(previews)
+    else:
+        output.print_table(
+            ("NAME", "STATE", "HYPERVISOR", "MEMORY", "COPIES", "EXPANDS", "LOSES", "AGAINST IT"),
+            [
+                (p["name"], p.get("state"), p["hypervisor"],
+                 *(format_size(p[size]) for size in
+                   ("memory_bytes", "bytes_copied", "bytes_expanded", "bytes_lost")),
+                 "; ".join([*p["refused"], *p["advice"]]) or "nothing")
+                for p in previews
+            ],
+        )  # fmt: skip
+    if any(p["refused"] for p in previews):
         raise typer.Exit(1)
 
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol, TypedDict
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from stillframe.model.lineage import Lineage, Relative
 from stillframe.model.schedules import Schedule, ScheduleRequest
-from stillframe.model.values import Snapshot
+from stillframe.model.states import InstanceState
+from stillframe.model.values import Hypervisor, Snapshot
 from stillframe.model.verification import Depth, Verification
+
+if TYPE_CHECKING:  # it builds on this one
+    from stillframe.engine.interface import ForkRequest
 
 
 class SnapshotChanges(TypedDict, total=False):
@@ -39,6 +43,27 @@ class DeletionPreview:
     shared_with: tuple[Relative, ...]
     refused: str | None = None
     in_use: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RunPreview:
+    """What forking or restoring a snapshot would do.
+
+    ``refused`` are all reasons against it, none if it would be done; ``advice`` is what would help.
+    ``bytes_copied`` is disk, where blocks cannot be shared; ``bytes_expanded`` compressed memory;
+    ``bytes_lost`` what a restore in place gives up for ever.
+    """
+
+    snapshot: Snapshot
+    name: str
+    state: InstanceState | None
+    hypervisor: Hypervisor
+    memory_bytes: int
+    bytes_copied: int
+    bytes_expanded: int
+    bytes_lost: int = 0
+    refused: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +186,19 @@ class KeepingInterface(Protocol):
 
     async def preview_deletion(self, snapshot_id: str, *, force: bool = False) -> DeletionPreview:
         """What ``delete_snapshot`` would do, doing nothing. Raises NotFound."""
+
+    async def preview_fork(self, snapshot_id: str, request: ForkRequest) -> RunPreview:
+        """What ``fork_snapshot`` would do, doing nothing. Raises NotFound."""
+
+    async def preview_restore(
+        self,
+        instance_id: str,
+        snapshot_id: str,
+        *,
+        target_state: InstanceState | None = None,
+        target_hypervisor: Hypervisor | None = None,
+    ) -> RunPreview:
+        """What ``restore_snapshot`` would do, doing nothing. Raises NotFound."""
 
     async def lineage(self, snapshot_id: str) -> Lineage:
         """Ancestors and descendants of a snapshot, each measured. Raises NotFound."""

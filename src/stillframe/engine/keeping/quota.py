@@ -55,11 +55,20 @@ def check_space(context: Context, expected_bytes: int, written_bytes: int = 0) -
             expected_bytes=expected_bytes,
             max_snapshot_bytes=settings.max_snapshot_bytes,
         )
+    check_free(context, expected_bytes)
+
+
+def check_free(context: Context, expected_bytes: int) -> None:
+    """Return if ``expected_bytes`` more may be written. Raises StorageFull, with the figures.
+
+    What is kept free stays free.
+    """
+    settings = context.settings
     with storage_errors("look at the free space"):
         free = available_bytes(context.data.root)
     if free - expected_bytes < settings.min_free_bytes:
         raise StorageFull(
-            f"{format_size(free)} are free and this snapshot takes about "
+            f"{format_size(free)} are free and this takes about "
             f"{format_size(expected_bytes)}; {format_size(settings.min_free_bytes)} are kept free",
             hint="free space in the data directory, or lower limits.min_free",
             free_bytes=free,

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from stillframe.engine.context import Context
-from stillframe.engine.keeping import edit, lineage, resources, retain, verify
+from stillframe.engine.interface import ForkRequest
+from stillframe.engine.keeping import edit, lineage, preview, resources, retain, verify
 from stillframe.engine.keeping.interface import (
     Compatibility,
     DeletionPreview,
     ExportedArchive,
     HostResources,
     RetentionPlan,
+    RunPreview,
     SnapshotChanges,
     UploadStatus,
 )
@@ -21,7 +23,8 @@ from stillframe.engine.moving.uploads import Uploads
 from stillframe.model.errors import InvalidRequest
 from stillframe.model.lineage import Lineage, Relative
 from stillframe.model.schedules import Schedule, ScheduleRequest
-from stillframe.model.values import Snapshot
+from stillframe.model.states import InstanceState
+from stillframe.model.values import Hypervisor, Snapshot
 from stillframe.model.verification import Depth, Verification
 
 
@@ -45,6 +48,27 @@ class KeepingVerbs:
     async def preview_deletion(self, snapshot_id: str, *, force: bool = False) -> DeletionPreview:
         """What ``delete_snapshot`` would do, doing nothing."""
         return await edit.preview_deletion(self.context, snapshot_id, force=force)
+
+    async def preview_fork(self, snapshot_id: str, request: ForkRequest) -> RunPreview:
+        """What ``fork_snapshot`` would do, doing nothing."""
+        return await preview.preview_fork(self.context, snapshot_id, request)
+
+    async def preview_restore(
+        self,
+        instance_id: str,
+        snapshot_id: str,
+        *,
+        target_state: InstanceState | None = None,
+        target_hypervisor: Hypervisor | None = None,
+    ) -> RunPreview:
+        """What ``restore_snapshot`` would do, doing nothing."""
+        return await preview.preview_restore(
+            self.context,
+            instance_id,
+            snapshot_id,
+            target_state=target_state,
+            target_hypervisor=target_hypervisor,
+        )
 
     async def lineage(self, snapshot_id: str) -> Lineage:
         """Ancestors and descendants of a snapshot, each measured."""

@@ -16,14 +16,20 @@ from stillframe.vmm.driver import DEVICE_LAYOUT
 async def compatibility(context: Context, snapshot_id: str) -> Compatibility:
     """Whether the snapshot can be forked here, with reasons. Raises NotFound."""
     snapshot = context.snapshot(snapshot_id)
+    against = image_reasons(context, snapshot)
+    machine, advice = await machine_reasons(context, snapshot)
+    against += machine
+    return Compatibility(fork=not against, reasons=(*against, *advice))
+
+
+def image_reasons(context: Context, snapshot: Snapshot) -> list[str]:
+    """Why the snapshot's own files or its image are no base for a fork."""
     against = [] if snapshot.damaged is None else [f"it is damaged: {snapshot.damaged}"]
     try:
         context.images.by_digest(snapshot.template.image_digest)
     except NotFound:
         against.append(f"its image {snapshot.template.image} is not here")
-    machine, advice = await machine_reasons(context, snapshot)
-    against += machine
-    return Compatibility(fork=not against, reasons=(*against, *advice))
+    return against
 
 
 async def machine_reasons(context: Context, snapshot: Snapshot) -> tuple[list[str], list[str]]:

@@ -144,7 +144,7 @@ async def _fork_one(
     target = target_of(snapshot.kind, request.target_state)
     hypervisor = await target_hypervisor_of(context, snapshot, request.target_hypervisor)
     if context.records.instance_by_name(request.name) is not None:
-        raise _name_taken(request.name)
+        raise name_taken(request.name)
     if target is InstanceState.RUNNING and (warm := context.warm.take(snapshot.id)) is not None:
         return await context.warm.claim(warm, request, tags, phases)
     payload = context.data.snapshot(snapshot.id)
@@ -179,7 +179,7 @@ async def fork_instance(
         if target not in _TARGETS[SnapshotKind.STANDBY]:
             raise InvalidRequest(f"target_state cannot be {target.value}")
         if context.records.instance_by_name(name) is not None:
-            raise _name_taken(name)
+            raise name_taken(name)
         source = await _source_of(context, instance, held, phases)
         return await _fork(
             context, source, child_of(context, source, ForkRequest(name)), target, phases
@@ -215,7 +215,7 @@ async def _fork(
         try:
             context.records.reserve_instance(child, Intent(child.id, "fork", {}))
         except NameConflict as error:
-            raise _name_taken(child.name) from error
+            raise name_taken(child.name) from error
         undo.callback(context.forget, child.id)
         with phases.measure("disk"):
             disk = await make_disks(context, child, source, undo)
@@ -342,7 +342,8 @@ def _commit_resting(context: Context, child: Instance, state: InstanceState) -> 
     return context.commit(resting, fulfils=child.id, note="forked")
 
 
-def _name_taken(name: str) -> NameConflict:
+def name_taken(name: str) -> NameConflict:
+    """The error for a fork whose name another instance has."""
     return NameConflict(
         f"an instance named {name!r} already exists", hint="choose another name", name=name
     )

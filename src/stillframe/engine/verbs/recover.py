@@ -47,6 +47,7 @@ async def recover(context: Context) -> None:
             log.error("%s of %s cannot be undone yet: %s", intent.verb, intent.subject, error)
             continue
         _undo_records(context, intent)
+    _tell_strangers(context)
     await asyncio.gather(
         *(
             _settle(context, instance)
@@ -54,6 +55,19 @@ async def recover(context: Context) -> None:
             if instance.id not in context.records.intents
         )
     )
+
+
+def _tell_strangers(context: Context) -> None:
+    """Say which directories no record knows. They may be somebody's only copy: none is removed."""
+    records, data = context.records, context.data
+    damaged = {identifier for _, identifier in records.damaged}
+    for directory, known in (
+        (data.instances, records.instances.keys()),
+        (data.snapshots, records.snapshots.keys()),
+    ):
+        for path in directory.iterdir():
+            if is_id(path.name) and path.name not in known and path.name not in damaged:
+                log.warning("%s is left alone: no record knows it", path)
 
 
 def _of_damaged(context: Context) -> set[int]:

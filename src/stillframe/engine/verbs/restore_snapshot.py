@@ -50,12 +50,7 @@ async def restore_snapshot(
         context.exclusive(instance_id, "restore snapshot") as instance,
         context.using(snapshot_id) as snapshot,
     ):
-        if snapshot.source_instance_id != instance_id:
-            raise InvalidRequest(
-                "the snapshot belongs to another instance",
-                hint="fork it instead",
-                source_instance_id=snapshot.source_instance_id,
-            )
+        check_own(snapshot, instance_id)
         target = target_of(snapshot.kind, target_state)
         hypervisor = await target_hypervisor_of(context, snapshot, target_hypervisor)
         permission(Verb.RESTORE_SNAPSHOT, instance.state)
@@ -69,6 +64,16 @@ async def restore_snapshot(
             result = await _swap(context, instance, restored, payload, target)
             undo.pop_all()
         return result
+
+
+def check_own(snapshot: Snapshot, instance_id: str) -> None:
+    """Raises InvalidRequest for a snapshot of another instance."""
+    if snapshot.source_instance_id != instance_id:
+        raise InvalidRequest(
+            "the snapshot belongs to another instance",
+            hint="fork it instead",
+            source_instance_id=snapshot.source_instance_id,
+        )
 
 
 def _restored(

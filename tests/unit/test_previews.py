@@ -1,0 +1,79 @@
+"""Dry runs of forks and restores: every reason at once, the bytes, and nothing done."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from stillframe.engine.engine import Engine
+from stillframe.engine.interface import ForkRequest
+from stillframe.model.errors import NotFound
+from stillframe.model.states import InstanceState
+from stillframe.model.values import Hypervisor, SnapshotKind
+from support.engine import open_engine, running, traces
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
+    async with open_engine(tmp_path) as opened:
+        yield opened
+
+
+async def test_a_fork_that_would_be_made_is_told_and_not_made(
+    engine: Engine, tmp_path: Path
+) -> None:
+    source = await running(engine)
+    taken = await engine.snapshot(source.id, kind=SnapshotKind.STANDBY)
+    before = traces(tmp_path)
+    preview = await engine.preview_fork(taken.id, ForkRequest("fork"))
+    assert preview.refused == ()
+    assert (preview.name, preview.state) == ("fork", InstanceState.RUNNING)
+    assert preview.memory_bytes == source.memory_bytes
+    assert (preview.bytes_expanded, preview.bytes_lost) == (0, 0)
+    assert traces(tmp_path) == before
+    assert [instance.name for instance in engine.list_instances()] == ["source"]
+    made = await engine.fork_snapshot(taken.id, ForkRequest("fork"))  # it was true
+    assert made.state is preview.state
+
+
+async def test_all_reasons_against_a_fork_are_told_at_once(engine: Engine, tmp_path: Path) -> None:
+    source = await running(engine)
+    taken = await engine.snapshot(source.id, kind=SnapshotKind.STANDBY)
+    (tmp_path / "snapshots" / taken.id / "devices").write_bytes(b"damaged")
+    wish = ForkRequest("source", target_hypervisor=Hypervisor.QEMU)
+    refused = " / ".join((await engine.preview_fork(taken.id, wish)).refused)
+    assert "already exists" in refused
+    assert "only possible for Stopped" in refused
+    assert "devices" in refused
+    with pytest.raises(NotFound):
+        await engine.preview_fork("nothing", ForkRequest("fork"))
+
+
+async def test_a_full_disk_is_foreseen(engine: Engine) -> None:
+    source = await running(engine)
+    taken = await engine.snapshot(source.id, kind=SnapshotKind.STANDBY)
+    object.__setattr__(engine.context.settings, "min_free_bytes", 1 << 60)
+    (reason,) = (await engine.preview_fork(taken.id, ForkRequest("fork"))).refused
+    assert "kept free" in reason
+
+
+async def test_a_restore_tells_what_it_would_give_up_and_why_not_now(
+    engine: Engine, tmp_path: Path
+) -> None:
+    source, other = await running(engine), await running(engine, "other")
+    taken = await engine.snapshot(source.id, kind=SnapshotKind.STANDBY)
+    (reason,) = (await engine.preview_restore(source.id, taken.id)).refused
+    assert "Running" in reason
+    await engine.standby(source.id)
+    before = traces(tmp_path)
+    preview = await engine.preview_restore(source.id, taken.id)
+    assert preview.refused == ()
+    assert preview.bytes_lost > 0
+    assert traces(tmp_path) == before
+    assert engine.find_instance(source.id).state is InstanceState.STANDBY
+    refused = (await engine.preview_restore(other.id, taken.id)).refused
+    assert any("another instance" in reason for reason in refused)
