@@ -23,6 +23,7 @@ from stillframe.model.errors import (
     InsufficientResources,
     InvalidRequest,
     NotFound,
+    NotSupported,
     StillframeError,
     StorageFull,
 )
@@ -31,7 +32,7 @@ from stillframe.model.values import CompressionConfig, Hypervisor, Snapshot
 from stillframe.model.verification import Depth
 from stillframe.store.archive_export import export
 from stillframe.store.archive_import import Importer
-from stillframe.store.manifest import encode_document
+from stillframe.store.manifest import encode_document, read_manifest
 from stillframe.store.records import to_json
 from stillframe.vmm.fake.driver import FakeDriver
 from support.archives import positions
@@ -256,6 +257,67 @@ async def test_memory_that_cannot_run_here_is_foreign(
         await there.fork_snapshot(arrived.id, ForkRequest("fork"))
     there.context.drivers = {}
     assert not (await there.compatibility(arrived.id)).fork
+
+
+INTEL, AMD = "GenuineIntel family 6 model 85 flags 01", "AuthenticAMD family 25 model 1 flags 02"
+
+
+def on_a_host(
+    monkeypatch: pytest.MonkeyPatch, engine: Engine, *, accelerator: str, processor: str
+) -> None:
+    """Have an engine find this accelerator and processor."""
+    driver = engine.context.drivers[Hypervisor.FAKE]
+    probe_as_it_is = driver.probe
+
+    async def probe() -> Any:
+        return replace(await probe_as_it_is(), accelerator=accelerator, processor=processor)
+
+    monkeypatch.setattr(driver, "probe", probe)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "processors", "judged"),
+    [
+        ("kvm", (INTEL, INTEL), None),
+        ("kvm", (INTEL, AMD), f"on the processor {INTEL}, this host has {AMD}"),
+        ("kvm", ("", AMD), "not known on which processor"),
+        ("kvm", (INTEL, ""), None),  # this host's kernel does not tell
+        ("tcg", ("qemu64", "qemu64"), None),
+        ("tcg", ("", "qemu64"), None),  # it never was another
+    ],
+)
+async def test_memory_is_judged_by_the_processor_that_its_guest_sees(
+    here: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    accelerator: str,
+    processors: tuple[str, str],
+    judged: str | None,
+) -> None:
+    then, now = processors
+    made = await here.snapshot((await running(here)).id, kind=LIVE)
+    template = replace(made.template, accelerator=accelerator, processor=then)
+    here.context.records.update_snapshot(replace(made, template=template))
+    on_a_host(monkeypatch, here, accelerator=accelerator, processor=now)
+    verdict = await here.compatibility(made.id)
+    assert len(verdict.reasons) == (judged is not None)
+    assert (judged or "") in "".join(verdict.reasons)
+    assert verdict.fork is ((then, now) != (INTEL, AMD))
+    if not verdict.fork:
+        with pytest.raises(NotSupported, match="on the processor"):
+            await here.fork_snapshot(made.id, ForkRequest("fork"))
+
+
+async def test_the_processor_of_a_capture_is_in_its_manifest(
+    here: Engine, there: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for engine in (here, there):
+        on_a_host(monkeypatch, engine, accelerator="none", processor=INTEL)
+    made = await here.snapshot((await running(here)).id, kind=LIVE)
+    manifest = read_manifest(here.context.data.snapshot(made.id).manifest)
+    assert (manifest["processor"], made.template.processor) == (INTEL, INTEL)
+    arrived = await take(there, await archive_of(here, made))
+    assert arrived.template.processor == INTEL
+    assert (await there.compatibility(arrived.id)).reasons == ()
 
 
 async def test_a_stopped_one_of_another_hypervisor_asks_for_one_of_ours(

@@ -17,6 +17,7 @@ import re
 import shutil
 from pathlib import Path
 
+from stillframe.host.capacity import processor
 from stillframe.host.process import Process, adopt, run, spawn
 from stillframe.host.sockets import connect_socket
 from stillframe.host.watch import file_changes
@@ -154,7 +155,12 @@ class FirecrackerDriver:
                 try:
                     self._version = await self._examine()
                     self._probe = DriverProbe(
-                        self.hypervisor, True, ".".join(map(str, self._version)), "kvm", _FEATURES
+                        self.hypervisor,
+                        True,
+                        ".".join(map(str, self._version)),
+                        "kvm",
+                        processor(),
+                        _FEATURES,
                     )
                 except StillframeError as error:
                     self._probe = DriverProbe(
