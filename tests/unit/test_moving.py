@@ -16,6 +16,7 @@ from stillframe.engine.interface import ForkRequest
 from stillframe.engine.moving import arrival
 from stillframe.engine.moving import export as exporting
 from stillframe.engine.moving.export import about_of
+from stillframe.images import library
 from stillframe.model.errors import (
     Conflict,
     DamagedData,
@@ -510,3 +511,41 @@ async def test_pieces_of_any_length_are_taken(here: Engine, there: Engine) -> No
     for size in (1000, 3_000_000):
         await there.import_snapshot(pieces(data, size))
     assert len(there.list_snapshots()) == 2
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+async def test_an_image_that_a_crash_left_without_its_snapshot_goes(
+    here: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    """The server ends while it adopts the image, or between that and the snapshot's record."""
+    source = await here.stop((await running(here)).id)
+    made = await here.snapshot(source.id, kind=DISK)
+    data = await archive_of(here, made, image=True)
+
+    class Ended(BaseException):
+        pass
+
+    def end(*_: Any, **__: Any) -> None:
+        raise Ended
+
+    first = make_engine(tmp_path / "bare")
+    await first.open()
+    with monkeypatch.context() as patch:
+        records = first.context.records
+        patch.setattr(records, "put_snapshot" if recorded else "put", end)
+        for undone in ("fulfil", "delete"):  # nothing is undone by a server that is gone
+            patch.setattr(records, undone, lambda *_: None)
+        patch.setattr(library, "remove_tree", lambda _: None)
+        with pytest.raises(Ended):
+            await take(first, data)
+    await first.close()
+    images = first.context.data.images
+    assert [path.name for path in images.iterdir()] == [made.template.image_digest[7:]]
+    async with open_engine(tmp_path / "bare") as second:
+        assert list(images.iterdir()) == []
+        assert nothing_of_it(second)
+        assert second.list_images() == []
+        arrived = await take(second, data)
+    async with open_engine(tmp_path / "bare") as third:
+        assert (await third.compatibility(arrived.id)).fork
+        assert len(third.list_images()) == 1

@@ -34,10 +34,18 @@ def image_reasons(context: Context, snapshot: Snapshot) -> list[str]:
     return against
 
 
-async def machine_reasons(context: Context, snapshot: Snapshot) -> tuple[list[str], list[str]]:
-    """Why this host's hypervisors cannot run the snapshot, and advice for where they can."""
+async def machine_reasons(
+    context: Context, snapshot: Snapshot, *, boot_pair_comes: bool = False
+) -> tuple[list[str], list[str]]:
+    """Why this host's hypervisors cannot run the snapshot, and advice for where they can.
+
+    ``boot_pair_comes`` says that its kernel and initrd need not be here: they come along.
+    """
     if snapshot.kind is SnapshotKind.STANDBY:
-        return await _memory_reasons(context, snapshot.template)
+        against, advice = await _memory_reasons(context, snapshot.template)
+        if not boot_pair_comes and not await _has_boot_pair(context, snapshot.template):
+            against.append("its memory belongs to a kernel and initrd that are not here")
+        return against, advice
     available = [
         driver.hypervisor.value
         for driver in context.drivers.values()
@@ -67,12 +75,12 @@ async def _memory_reasons(context: Context, template: Instance) -> tuple[list[st
             f"its memory was captured with device layout {template.device_layout}, "
             f"this version knows layouts up to {DEVICE_LAYOUT}"
         )
-    if template.hypervisor is not Hypervisor.FAKE and not await _has_boot_pair(context, template):
-        reasons.append("its memory belongs to a kernel and initrd that are not here")
     return reasons, advice
 
 
 async def _has_boot_pair(context: Context, template: Instance) -> bool:
+    if template.hypervisor is Hypervisor.FAKE and not template.boot:
+        return True  # it needs none
     try:
         await context.boot_pair(template.boot)
     except MissingComponent:
