@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator
@@ -21,8 +22,9 @@ from stillframe.model.units import MIB
 from stillframe.model.values import CompressionState, Snapshot, SnapshotKind
 from stillframe.store.archive import HEAD
 from stillframe.store.archive_export import Companion, export
-from stillframe.store.manifest import MAX_MANIFEST, read_small
+from stillframe.store.manifest import MAX_MANIFEST, file_entries, read_manifest, read_small
 from stillframe.store.paths import Payload
+from stillframe.store.payloads import PayloadSize, add_tables, lacks_digests, measure
 from stillframe.store.records import to_json
 
 _PIECE = MIB  # bytes read in one step
@@ -96,8 +98,9 @@ async def export_snapshot(
     when ``tag`` names another archive, InvalidRequest for an offset beyond the end.
     """
     async with contextlib.AsyncExitStack() as undo:
-        async with context.using(snapshot_id) as snapshot:
-            refuse_damaged(snapshot)
+        async with context.using(snapshot_id) as found:
+            refuse_damaged(found)
+            snapshot = await _with_digests(context, found)
             payload = context.data.snapshot(snapshot_id)
             parts = _image_of(context, snapshot) if image else None
             boot = _boot_pair_of(context, snapshot)
@@ -116,6 +119,30 @@ async def export_snapshot(
         await archive.skip(offset)
         undo.pop_all()
     return archive
+
+
+async def _with_digests(context: Context, snapshot: Snapshot) -> Snapshot:
+    """Give a snapshot of manifest format 1 the digests that an archive needs; its record then.
+
+    What lies there is taken as right: nothing else can vouch for it. Raises DamagedData,
+    StorageFull, HostFailure.
+    """
+    payload = context.data.snapshot(snapshot.id)
+
+    def add() -> PayloadSize | None:
+        entries = file_entries(read_manifest(payload.manifest))
+        if not any(lacks_digests(name, entry) for name, entry in entries.items()):
+            return None
+        add_tables(payload)
+        return measure(payload)
+
+    with storage_errors("add digests to the snapshot"):
+        size = await asyncio.to_thread(add)
+    known = context.records.snapshots.get(snapshot.id)
+    if size is None or known is None:  # deleted meanwhile: what is open goes out all the same
+        return snapshot
+    context.records.update_snapshot(replace(known, size_bytes=size.size, stored_bytes=size.stored))
+    return context.snapshot(snapshot.id)
 
 
 def _image_of(context: Context, snapshot: Snapshot) -> Companion:
