@@ -237,6 +237,7 @@ async def test_a_name_that_is_taken_can_be_replaced(here: Engine) -> None:
 async def test_memory_that_cannot_run_here_is_foreign(
     here: Engine, there: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """F38, also for a hypervisor that was upgraded on one host."""
     made = await here.snapshot((await remembering(here)).id, kind=LIVE)
     data = await archive_of(here, made)
     driver = there.context.drivers[Hypervisor.FAKE]

@@ -52,6 +52,7 @@ def test_a_missing_emulator_is_no_exception() -> None:
 def test_a_host_without_kvm_is_told_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """F37."""
     monkeypatch.setattr(probes, "_KVM", tmp_path / "kvm")
     works, reason = probes.kvm_works("qemu-system-x86_64")
     assert not works
