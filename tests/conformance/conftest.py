@@ -187,6 +187,21 @@ class Bench:
         """The word it remembers."""
         return await self.run(connection, *_KEPT[self.real])
 
+    async def fill(self, connection: AgentConnection) -> str:
+        """Fill some of the guest's memory with random bytes; their checksum."""
+        if not self.real:
+            await self.run(connection, "set", "blob", uuid.uuid4().hex)
+        else:
+            make = "head -c 8388608 /dev/urandom > /dev/shm/blob"
+            await self.run(connection, "/bin/sh", "-c", make)
+        return await self.filled(connection)
+
+    async def filled(self, connection: AgentConnection) -> str:
+        """The checksum of what ``fill`` wrote, taken by the guest."""
+        if not self.real:
+            return await self.run(connection, "get", "blob")
+        return await self.run(connection, "sha256sum", "/dev/shm/blob")
+
     def processes(self) -> list[int]:
         """Processes that work on this bench's files."""
         return processes_naming(self.directory)
@@ -203,7 +218,8 @@ def guest_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[BootPair, Pat
     binaries = home / "root/bin"
     binaries.mkdir(parents=True)
     shutil.copy(find_busybox(), binaries / "busybox")
-    for name in ("sh", "cat", "sleep", "nproc", "reboot", "poweroff", "sync"):
+    programs = "sh cat sleep nproc reboot poweroff sync head hostname sha256sum"
+    for name in programs.split():
         (binaries / name).symlink_to("busybox")
     for name in ("dev", "proc", "sys", "etc", "tmp", "run"):
         (home / "root" / name).mkdir()
@@ -220,6 +236,10 @@ def real_drivers() -> dict[str, Driver]:
         # Which accelerator works is the probe's question, not this suite's.
         os.environ.get("STILLFRAME_ACCELERATOR", "tcg"),
         ROOT / ".cache",
+        firecracker_binary=os.environ.get("STILLFRAME_FIRECRACKER_BINARY", "firecracker"),
+        cloud_hypervisor_binary=os.environ.get(
+            "STILLFRAME_CLOUD_HYPERVISOR_BINARY", "cloud-hypervisor"
+        ),
         tracker=TRACKER,
     )
     return {driver.hypervisor.value: driver for driver in made}

@@ -7,7 +7,9 @@ import os
 import secrets
 import signal
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -273,3 +275,109 @@ async def test_the_agent_takes_a_new_host_after_half_a_frame(bench: Bench) -> No
         await writer.wait_closed()
         async with bench.agent(machine) as connection:
             assert await bench.kept(connection) == "kept"
+
+
+async def test_forks_of_forks_keep_their_memory(bench: Bench) -> None:
+    """Checksums are taken in the guest; a page that a capture missed would change them."""
+    async with bench.booted("one") as (machine, resources):
+        async with bench.agent(machine) as connection:
+            first = await bench.fill(connection)
+            await bench.keep(connection, "generation 0")
+        await machine.pause()
+        captured = await bench.capture(machine, resources)
+    for generation in range(1, 4):
+        fork = bench.fork_of(captured, f"generation-{generation}")
+        async with bench.running(await bench.spec(), fork) as machine:
+            await machine.resume()
+            async with bench.agent(machine) as connection:
+                assert await bench.kept(connection) == f"generation {generation - 1}"
+                assert await bench.filled(connection) == first
+                await bench.keep(connection, f"generation {generation}")
+            await machine.pause()
+            captured = await bench.capture(machine, fork)
+
+
+async def test_forks_write_to_disks_of_their_own(bench: Bench) -> None:
+    if not bench.real:
+        pytest.skip("its disk is a directory of files; tests/unit/test_engine.py has them")
+    async with bench.booted("one") as (machine, resources):
+        async with bench.agent(machine) as connection:
+            await bench.run(connection, "/bin/sh", "-c", "echo both > /both; sync")
+        await machine.pause()
+        captured = await bench.capture(machine, resources)
+    before = digest(captured.disks[1].path)
+    spec = await bench.spec()
+    one, two = bench.fork_of(captured, "left"), bench.fork_of(captured, "right")
+    async with bench.running(spec, one) as left, bench.running(spec, two) as right:
+        for machine, name in ((left, "left"), (right, "right")):
+            await machine.resume()
+            async with bench.agent(machine) as connection:
+                await bench.run(connection, "/bin/sh", "-c", f"echo {name} > /mine; sync")
+        for machine, name in ((left, "left"), (right, "right")):
+            async with bench.agent(machine) as connection:
+                assert (await bench.run(connection, "cat", "/both", "/mine")).split() == [
+                    "both", name,
+                ]  # fmt: skip
+    assert digest(captured.disks[1].path) == before
+    assert digest(one.disks[1].path) != digest(two.disks[1].path) != before
+
+
+async def test_forks_are_told_who_they_are(bench: Bench) -> None:
+    if not bench.real:
+        pytest.skip("it has no kernel with a pool of random numbers")
+    async with bench.booted("one") as (machine, resources):
+        async with bench.agent(machine):
+            pass
+        await machine.pause()
+        captured = await bench.capture(machine, resources)
+    told: list[list[str]] = []
+    for name in ("left", "right"):
+        fork = bench.fork_of(captured, name)
+        async with bench.running(await bench.spec(), fork) as machine:
+            await machine.resume()
+            async with bench.agent(machine) as connection:
+                await identify(
+                    connection, seed=secrets.token_bytes(64), time_ns=time.time_ns,
+                    hostname=name, machine_id=secrets.token_hex(16), instance_id=name,
+                )  # fmt: skip
+                draw = "hostname; cat /etc/machine-id; head -c 32 /dev/urandom | sha256sum"
+                told.append((await bench.run(connection, "/bin/sh", "-c", draw)).split("\n"))
+    assert [one[0] for one in told] == ["left", "right"]
+    assert all(len(set(same)) == 2 for same in zip(*told, strict=True))
+
+
+@pytest.mark.parametrize("step", ["pause", "save", "resume"])
+async def test_a_vmm_killed_at_a_step_is_a_clear_error(bench: Bench, step: str) -> None:
+    async with bench.booted("one") as (machine, resources):
+        if step != "pause":
+            await machine.pause()
+        os.kill(machine.process.pid, signal.SIGKILL)
+        memory = resources.memory_image if machine.writes_memory else None
+        steps: dict[str, Callable[[], Awaitable[None]]] = {
+            "pause": machine.pause,
+            "save": partial(machine.save_devices, bench.directory / "devices", memory),
+            "resume": machine.resume,
+        }
+        with pytest.raises(VmmFailure) as failed:
+            await steps[step]()
+        assert failed.value.message
+        await asyncio.wait_for(machine.wait_exit(), 30)
+
+
+async def test_memory_of_an_older_device_layout_still_loads(bench: Bench) -> None:
+    if bench.name != "qemu":
+        pytest.skip("it has had one layout only")
+    spec = replace(await bench.spec(), layout=1)
+    resources = bench.resources("one")
+    async with bench.running(spec, resources) as machine:
+        async with bench.agent(machine) as connection:
+            await bench.keep(connection, "before")
+        await machine.pause()
+        captured = await bench.capture(machine, resources)
+    fork = bench.fork_of(captured, "fork")
+    with pytest.raises(VmmFailure):
+        await bench.driver.start(await bench.spec(), fork)
+    async with bench.running(spec, fork) as machine:
+        await machine.resume()
+        async with bench.agent(machine) as connection:
+            assert await bench.kept(connection) == "before"

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import shutil
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from stillframe.host.files import remove_tree
 from stillframe.host.orphans import kill_orphans, processes_naming
 from stillframe.host.sockets import bind_unix
 from stillframe.model.errors import HostFailure, StorageFull
+from stillframe.model.retention import Retention
+from stillframe.model.schedules import ScheduleRequest, marks
 from stillframe.model.states import InstanceState
-from stillframe.model.values import SnapshotKind
+from stillframe.model.values import Instance, SnapshotKind
 from stillframe.store.paths import DataDirectory
 from stillframe.store.records import Intent, Records
 from support.engine import ask, make_engine, open_engine, running, traces
@@ -245,3 +248,41 @@ async def test_a_template_that_was_half_made_goes_at_the_next_start(tmp_path: Pa
         (tmp_path / "templates" / ".overlay-1.ext4.half").touch()
     async with open_engine(tmp_path):
         assert listing(tmp_path / "templates") == []
+
+
+async def test_a_guest_that_is_ready_runs_though_it_cannot_be_written_down_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_engine(tmp_path) as engine:
+        records = engine.context.records
+        write = records.put_instance
+
+        def refuse(instance: Instance, *, can_wait: bool = False, **rest: Any) -> None:
+            if instance.state is InstanceState.RUNNING and not can_wait:
+                raise HostFailure("the records cannot be written: Input/output error")
+            write(instance, can_wait=can_wait, **rest)
+
+        monkeypatch.setattr(records, "put_instance", refuse)
+        await running(engine)
+
+
+async def test_retention_that_a_killed_server_owed_is_done_by_the_next(tmp_path: Path) -> None:
+    """F23: the run's snapshot is there, and the end came before the oldest was deleted."""
+    async with open_engine(tmp_path) as engine:
+        source = await running(engine)
+        wanted = ScheduleRequest(Retention(max_count=1), interval=timedelta(days=1))
+        engine.set_schedule(source.id, wanted)
+        first = await engine.run_schedule(source.id)
+        schedule = engine.find_schedule(source.id)
+        second = await engine.snapshot(
+            source.id, kind=SnapshotKind.STANDBY, name="second", tags=marks(source.id)
+        )
+        engine.context.records.put_schedule(
+            replace(schedule, pending="second", last_snapshot_id=None)
+        )
+    async with open_engine(tmp_path) as engine:
+        await engine.scheduler.settled()
+        assert [snapshot.id for snapshot in engine.list_snapshots()] == [second.id]
+        settled = engine.find_schedule(source.id)
+        assert (settled.pending, settled.last_snapshot_id) == (None, second.id)
+        assert first.last_snapshot_id != second.id

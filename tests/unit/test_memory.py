@@ -6,6 +6,7 @@ Everything is tried with and without tracking of writes: the first needs Linux 6
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import re
 import shutil
@@ -137,6 +138,34 @@ def test_private_pages_are_the_written_ones_merged(writer: Writer, image: Path) 
         runs = seen.private_pages()
     assert runs == Runs.of([(5 * PAGE, 7 * PAGE), (9 * MIB, 9 * MIB + PAGE)])
     assert runs.total == 3 * PAGE
+
+
+def test_an_image_mapped_in_two_parts_is_read_as_one(image: Path) -> None:
+    """As Firecracker maps memory beyond 3 GiB; the parts lie anywhere, here within ourselves."""
+    half = image.stat().st_size // 2
+    with image.open("rb") as file:
+        parts = [
+            mmap.mmap(file.fileno(), half, access=mmap.ACCESS_COPY, offset=at) for at in (half, 0)
+        ]
+    upper, lower = parts
+    lower[half - PAGE] = upper[0] = upper[5 * PAGE] = 77
+    with GuestMemory(os.getpid(), image) as seen:
+        found = seen.private_pages()
+        assert found.total == 3 * PAGE
+        joined = Runs.of([(half - PAGE, half + PAGE), (half + 5 * PAGE, half + 6 * PAGE)])
+        assert Runs.of(found) == joined
+        buffer = memory.make_buffer(joined.total)
+        seen.read(joined, buffer)
+        assert [buffer[page * PAGE] for page in range(3)] == [77] * 3
+        buffer.close()
+    with (
+        image.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY),
+        pytest.raises(HostFailure, match="twice"),
+    ):
+        GuestMemory(os.getpid(), image)
+    for part in parts:
+        part.close()
 
 
 def test_both_ways_of_scanning_agree(writer: Writer, image: Path) -> None:

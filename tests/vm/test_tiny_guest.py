@@ -23,9 +23,10 @@ from stillframe.host.capture import MemoryCapture
 from stillframe.host.files import clone, create_sparse
 from stillframe.host.image import open_private
 from stillframe.host.memory import GuestMemory
-from stillframe.host.orphans import kill_orphans
+from stillframe.host.orphans import kill_orphans, processes_naming
 from stillframe.host.watch import file_changes
 from stillframe.model.errors import VmmFailure
+from stillframe.model.values import Hypervisor
 from stillframe.vmm.cloud_hypervisor.driver import CloudHypervisorDriver
 from stillframe.vmm.driver import (
     Disk,
@@ -56,9 +57,13 @@ DRIVERS: dict[str, tuple[str, Callable[[str], Driver]]] = {
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The guest, assembled."""
-    kernel = tmp_path_factory.mktemp("tiny") / "tiny"
+    return assembled(SOURCE, tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+def assembled(source: Path, kernel: Path) -> Path:
+    """An ELF kernel of an assembler file."""
     flags = ["-nostdlib", "-static", "-no-pie", "-Wl,-N,-Ttext-segment=0x100000,--build-id=none"]
-    subprocess.run(["gcc", *flags, "-o", kernel, SOURCE], check=True, timeout=60)
+    subprocess.run(["gcc", *flags, "-o", kernel, source], check=True, timeout=60)
     return kernel
 
 
@@ -132,9 +137,11 @@ async def capture(machine: Machine, resources: MachineResources, home: Path) -> 
 
 
 @contextlib.asynccontextmanager
-async def running(driver: Driver, resources: MachineResources) -> AsyncIterator[Machine]:
+async def running(
+    driver: Driver, resources: MachineResources, spec: MachineSpec = SPEC
+) -> AsyncIterator[Machine]:
     """A started VM, killed at the end."""
-    machine = await driver.start(SPEC, resources)
+    machine = await driver.start(spec, resources)
     try:
         yield machine
     finally:
@@ -236,3 +243,89 @@ async def test_a_vmm_that_dies_is_noticed_at_each_step(
                 await step
         with pytest.raises(VmmFailure):
             await machine.save_devices(tmp_path / "devices", source.memory_image)
+
+
+async def test_firecracker_lives_in_a_tree_of_its_own(
+    driver: Driver, tiny: Path, tmp_path: Path
+) -> None:
+    if driver.hypervisor is not Hypervisor.FIRECRACKER:
+        pytest.skip("another VMM")
+    deep = tmp_path / ("long" * 20) / ("name" * 20)  # beyond what fits a socket's address
+    deep.mkdir(parents=True)
+    source = resources_of(deep / "source", tiny)
+    async with running(driver, source) as machine:
+        await counted(source)
+        root = Path(f"/proc/{machine.process.pid}/root")
+        assert not (root / "etc").exists()
+        assert not (root / "proc").exists()
+        assert (root / "disk0").samefile(source.disks[0].path)
+        assert processes_naming(source.directory) == [machine.process.pid]
+        await machine.pause()
+        captured = await capture(machine, source, deep / "captured")
+    assert captured.device_state is not None
+    state = captured.device_state.read_bytes()
+    assert os.fsencode(tmp_path) not in state
+    assert b"/disk0" in state
+    fork = fork_of(captured, deep / "fork")
+    with pytest.raises(VmmFailure, match="of a VM with 1 vCPUs"):
+        await driver.start(replace(SPEC, vcpus=2), fork)
+    assert kill_orphans(tmp_path, ()) == []
+    assert not (fork.directory / "jail").exists()
+
+
+async def test_firecracker_maps_much_memory_in_parts(
+    driver: Driver, tiny: Path, tmp_path: Path
+) -> None:
+    if driver.hypervisor is not Hypervisor.FIRECRACKER:
+        pytest.skip("another VMM")
+    large = replace(SPEC, memory_bytes=4 << 30)
+    source = resources_of(tmp_path / "source", tiny)
+    os.truncate(source.memory_image, large.memory_bytes)
+    async with running(driver, source, large) as machine:
+        nonce, _ = await counted(source, more_than=300)
+        await machine.pause()
+        captured = await capture(machine, source, tmp_path / "captured")
+        _, at_capture = await counted(source)
+    assert captured.memory_image.stat().st_size == large.memory_bytes
+    assert captured.memory_image.stat().st_blocks * 512 < 8 << 20  # what was touched, and no more
+    fork = fork_of(captured, tmp_path / "fork")
+    async with running(driver, fork, large) as machine:
+        await machine.resume()
+        assert (await counted(fork, more_than=at_capture))[0] == nonce
+        await machine.pause()
+        again = await capture(machine, fork, tmp_path / "again")
+        _, at_capture = await counted(fork)
+    third = fork_of(again, tmp_path / "third")
+    async with running(driver, third, large) as machine:
+        await machine.resume()
+        assert (await counted(third, more_than=at_capture + 300))[0] == nonce
+
+
+RESETS = """
+    .section .note.Xen, "a", @note
+    .balign 4
+    .long 4, 8, 18
+    .asciz "Xen"
+    .quad _start
+    .text
+    .code32
+    .globl _start
+_start:
+    movb $0xfe, %al
+    outb %al, $0x64
+1:  jmp 1b
+    .section .note.GNU-stack, "", @progbits
+"""
+
+
+async def test_firecracker_tells_that_its_guest_reset(driver: Driver, tmp_path: Path) -> None:
+    if driver.hypervisor is not Hypervisor.FIRECRACKER:
+        pytest.skip("another VMM")
+    (tmp_path / "resets.S").write_text(RESETS)
+    kernel = assembled(tmp_path / "resets.S", tmp_path / "resets")
+    source = resources_of(tmp_path / "source", kernel)
+    async with running(driver, source) as machine:
+        await asyncio.wait_for(machine.wait_exit(), DEADLINE)
+        assert machine.shutdown_reason == "guest-reset"
+    assert "exit_code=0" in source.vmm_log.read_text()
+    assert not (source.directory / "jail").exists()

@@ -20,6 +20,7 @@ from stillframe.cli.commands import (
     moving,
     schedules,
     serve,
+    setup,
     snapshots,
 )
 from stillframe.model.errors import StillframeError
@@ -56,6 +57,7 @@ app.add_typer(images.app, name="image")
 app.command()(serve.token)
 app.command()(serve.serve)
 app.command()(host.doctor)
+app.add_typer(setup.app, name="setup")
 
 
 def _print_version(wanted: bool) -> None:

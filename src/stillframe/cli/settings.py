@@ -65,6 +65,11 @@ class Settings:
     min_free_bytes: int = 256 * MIB
     max_archive_bytes: int = 256 * GIB
 
+    @property
+    def programs_dir(self) -> Path:
+        """Where ``stillframe setup`` installs hypervisors, and the server looks after PATH."""
+        return self.data_dir / "programs"
+
 
 def _text(value: Any) -> str:
     if isinstance(value, str) and value.strip():

@@ -250,7 +250,7 @@ async def _await_ready(context: Context, instance_id: str, live: LiveInstance) -
     instance = context.records.instances.get(instance_id)
     current = context.live.get(instance_id) is live and not live.ending
     if instance is not None and current and instance.state is InstanceState.INITIALIZING:
-        context.commit(context.moved(instance, InstanceState.RUNNING))
+        context.witness(context.moved(instance, InstanceState.RUNNING), note="state is Running")
 
 
 async def _watch(context: Context, instance_id: str, live: LiveInstance) -> None:

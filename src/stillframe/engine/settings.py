@@ -14,6 +14,7 @@ class EngineSettings:
     """Settings of an engine, complete and checked.
 
     ``accelerator`` is ``auto``, ``kvm`` or ``tcg``; ``kernel_dir`` an unpacked kernel package;
+    ``programs_dir`` is where hypervisors are looked for after PATH;
     ``max_concurrent_starts`` bounds how many VMMs are being started at once;
     ``capture_buffer_bytes`` the host memory that one capture uses while its guest stands still;
     ``warm_memory_bytes`` what all warm forks together may hold;
@@ -33,6 +34,7 @@ class EngineSettings:
     qemu_binary: str = "qemu-system-x86_64"
     firecracker_binary: str = "firecracker"
     cloud_hypervisor_binary: str = "cloud-hypervisor"
+    programs_dir: Path | None = None
     accelerator: str = "auto"
     max_vcpus: int = 16
     max_memory_bytes: int = 32 * GIB

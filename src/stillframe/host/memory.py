@@ -28,6 +28,7 @@ import struct
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from stillframe.host.runs import Runs
@@ -62,12 +63,19 @@ class Mapping:
     end: int
     offset: int
 
+    @property
+    def shift(self) -> int:
+        """What to add to an offset of the image for the address."""
+        return self.start - self.offset
+
 
 def find_mappings(pid: int, image: Path) -> list[Mapping]:
     """Where process ``pid`` maps ``image`` privately, found by device and inode in /proc/PID/maps.
 
-    The kernel may show one mapping in several pieces; they lie at the same distance from the file.
-    Raises HostFailure when there is none, MissingComponent when we may not look.
+    They are sorted by offset. A VMM may map its image in parts (guest memory has a gap below
+    4 GiB), and the kernel may show one mapping in several pieces.
+    Raises HostFailure when there is none, or a page is mapped twice; MissingComponent when we may
+    not look.
     """
     status = image.stat()
     with _process_errors(pid):
@@ -80,13 +88,24 @@ def find_mappings(pid: int, image: Path) -> list[Mapping]:
             continue
         device = os.makedev(int(major, 16), int(minor, 16))
         # Some file systems (btrfs, overlayfs) show another device number here than stat does.
-        if device == status.st_dev or name == path:
+        if device == status.st_dev or name == path or _is_seen_as(pid, name, status):
             found.append(Mapping(int(start, 16), int(end, 16), int(offset, 16)))
     if not found:
         raise HostFailure(f"the VMM (process {pid}) does not map its memory image", pid=pid)
-    if len({mapping.start - mapping.offset for mapping in found}) > 1:
-        raise HostFailure(f"the VMM (process {pid}) maps its memory image twice", pid=pid)
+    found.sort(key=lambda mapping: mapping.offset)
+    for one, other in pairwise(found):
+        if other.offset < one.offset + one.end - one.start:
+            raise HostFailure(f"the VMM (process {pid}) maps its memory image twice", pid=pid)
     return found
+
+
+def _is_seen_as(pid: int, name: bytes, status: os.stat_result) -> bool:
+    """Whether the process, whose root may be another, sees the file of ``status`` as ``name``."""
+    try:
+        seen = os.stat(b"/proc/%d/root%s" % (pid, name))  # noqa: PTH116 - not text
+    except OSError:
+        return False
+    return (seen.st_dev, seen.st_ino) == (status.st_dev, status.st_ino)
 
 
 class GuestMemory:
@@ -99,7 +118,6 @@ class GuestMemory:
     def __init__(self, pid: int, image: Path) -> None:
         self.pid = pid
         self._mappings = find_mappings(pid, image)
-        self._shift = self._mappings[0].start - self._mappings[0].offset
         with _process_errors(pid):
             self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         self.tracked = self._is_tracked()
@@ -139,7 +157,7 @@ class GuestMemory:
             if error.errno not in _NOT_OFFERED:
                 raise self._failed(error) from error
         return Runs.of(
-            (start - self._shift, end - self._shift)
+            (start - mapping.shift, end - mapping.shift)
             for mapping in self._mappings
             for start, end in scan_pagemap(self._pagemap, mapping.start, mapping.end)
         )
@@ -153,48 +171,62 @@ class GuestMemory:
         found, flags = Runs(), _WP_MATCHING | _CHECK_WPASYNC
         try:
             for mapping in self._mappings:
-                position = mapping.start
+                position, shift = mapping.start, mapping.shift
                 for low, high in self._dense:
-                    start, end = low + self._shift, high + self._shift
+                    start, end = low + shift, high + shift
                     if mapping.start <= start and end <= mapping.end:
-                        self._scan_into(found, position, start, PRIVATE_WRITTEN, flags)
-                        self._scan_into(found, start, end, _WRITTEN, flags)
+                        self._scan_into(
+                            found, shift, position, start, wanted=PRIVATE_WRITTEN, flags=flags
+                        )
+                        self._scan_into(found, shift, start, end, wanted=_WRITTEN, flags=flags)
                         position = end
-                self._scan_into(found, position, mapping.end, PRIVATE_WRITTEN, flags)
+                self._scan_into(
+                    found, shift, position, mapping.end, wanted=PRIVATE_WRITTEN, flags=flags
+                )
         except OSError as error:
             raise self._failed(error) from error
-        return self._as_offsets(found)
+        return found
 
     def _scan(self, wanted: Categories) -> Runs:
         found = Runs()
         for mapping in self._mappings:
-            self._scan_into(found, mapping.start, mapping.end, wanted)
-        return self._as_offsets(found)
+            self._scan_into(found, mapping.shift, mapping.start, mapping.end, wanted=wanted)
+        return found
 
     def _scan_into(
-        self, found: Runs, start: int, end: int, wanted: Categories, flags: int = 0
+        self, found: Runs, shift: int, start: int, end: int, *, wanted: Categories, flags: int = 0
     ) -> None:
+        """Add what is found at addresses ``start`` to ``end``, as offsets of the image."""
         starts, ends = scan_ioctl(self._pagemap, start, end, wanted, flags=flags)
-        found.starts.extend(starts)
-        found.ends.extend(ends)
+        found.starts.extend(map((-shift).__add__, starts))
+        found.ends.extend(map((-shift).__add__, ends))
 
-    def _as_offsets(self, found: Runs) -> Runs:
-        """Of the image, where ``found`` holds addresses of the process."""
-        found.starts = array("Q", map((-self._shift).__add__, found.starts))
-        found.ends = array("Q", map((-self._shift).__add__, found.ends))
-        return found
+    def _addresses(self, runs: Runs) -> tuple[array[int], array[int]]:
+        """Addresses and lengths of ``runs``, cut where one mapping ends and the next begins."""
+        shifts = {mapping.shift for mapping in self._mappings}
+        if len(shifts) == 1:
+            return array("Q", map(shifts.pop().__add__, runs.starts)), runs.lengths
+        addresses, lengths = array("Q"), array("Q")
+        for start, end in runs:
+            for mapping in self._mappings:
+                low = max(start + mapping.shift, mapping.start)
+                high = min(end + mapping.shift, mapping.end)
+                if low < high:
+                    addresses.append(low)
+                    lengths.append(high - low)
+        return addresses, lengths
 
     def read(self, runs: Runs, buffer: mmap.mmap) -> None:
         """Copy the pages of ``runs`` into ``buffer``, one run after another.
 
         The pages may be written meanwhile: what is read of them then is of no moment in time.
         """
-        lengths, addresses = runs.lengths, array("Q", map(self._shift.__add__, runs.starts))
-        remote = array("Q", bytes(16 * len(runs)))
+        addresses, lengths = self._addresses(runs)
+        remote = array("Q", bytes(16 * len(addresses)))
         remote[0::2], remote[1::2] = addresses, lengths
         target = ctypes.c_char.from_buffer(buffer)
         try:
-            self._read_vectors(remote, ctypes.addressof(target), len(runs))
+            self._read_vectors(remote, ctypes.addressof(target), len(addresses))
         except OSError as error:
             raise self._failed(error) from error
         finally:

@@ -34,17 +34,46 @@ _CODE = bytes.fromhex(
 )
 SECTOR = _CODE.ljust(510, b"\0") + b"\x55\xaa"
 
+# The same for VMMs that boot ELF kernels and have no BIOS: assembled from probe_kernel.S, without
+# its section headers. It says PROBE_ANSWER on the serial port, then resets the machine.
+PROBE_KERNEL = bytes.fromhex(
+    "7f454c4602010100000000000000000002003e000100000000011000000000004000000000000000"
+    "0000000000000000000000004000380003000000000000000100000007000000e800000000000000"
+    "e800100000000000e800100000000000580100000000000058010000000000000800000000000000"
+    "0400000004000000e800000000000000e800100000000000e8001000000000001800000000000000"
+    "1800000000000000040000000000000051e574640600000000000000000000000000000000000000"
+    "00000000000000000000000000000000000000000000000010000000000000000400000008000000"
+    "1200000058656e000001100000000000fafcbf00002000b90018000031c0f3abc705000020000320"
+    "2000c7050010200003202000c7050020200003302000c7050030200083010000c705083020008301"
+    "2000b8a00200000f22e0b8000020000f22d8b9800000c00f320d010100000f300f011530021000b8"
+    "010001800f22c0ea76011000080031c08ed0bc00602000b9800000c00f32a900040000747e31c00f"
+    "a2b8001020000f22d866480f6ec066480f7ec34839c37563b812021000bf0042200066890766c747"
+    "02080066c74704008ec1e810668947060f011c2536021000b811000000e620b020e621b004e621b0"
+    "01e621b0fee621b034e643b0a9e640b004e64031edfbf4fa83fd1472f8baf8030000b04feeb04bee"
+    "b00aeeb0fee664f4ebfdffc550b020e6205848cf0f1f4000000000000000000000000000009a2000"
+    "0f0020021000ff0f0040200000000000"
+)
+PROBE_ANSWER = b"OK\n"
+
 
 def kvm_works(qemu_binary: str) -> tuple[bool, str]:
     """Whether KVM runs 64-bit guests here, and a sentence saying why (not).
 
     Blocks for up to five seconds; call it from a thread, and keep the answer.
     """
-    if not _KVM.exists():
-        return False, "/dev/kvm does not exist (load kvm_intel or kvm_amd, or enable nested KVM)"
-    if not os.access(_KVM, os.R_OK | os.W_OK):
-        return False, "no permission for /dev/kvm (add the user to the group kvm)"
+    hindrance = kvm_hindrance()
+    if hindrance is not None:
+        return False, hindrance
     return accelerator_works(qemu_binary, "kvm")
+
+
+def kvm_hindrance() -> str | None:
+    """Why ``/dev/kvm`` cannot even be opened, in a sentence; None if it can."""
+    if not _KVM.exists():
+        return "/dev/kvm does not exist (load kvm_intel or kvm_amd, or enable nested KVM)"
+    if not os.access(_KVM, os.R_OK | os.W_OK):
+        return "no permission for /dev/kvm (add the user to the group kvm)"
+    return None
 
 
 def accelerator_works(qemu_binary: str, accelerator: str) -> tuple[bool, str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,13 +46,28 @@ def bind_unix(path: Path) -> socket.socket:
     return listener
 
 
+def open_socket(path: Path) -> int:
+    """A descriptor of the socket at ``path``; ``/proc/self/fd/N`` is a short name for it.
+
+    Never through a link: a VMM may put one there that leads to another VM's socket. Raises OSError.
+    """
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
+    return fd
+
+
 def connect_socket(path: Path) -> socket.socket:
     """A connected non-blocking socket. Raises VmmFailure when nobody listens there."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.setblocking(False)
-        with _short(path) as name:
-            connection.connect(name)
+        fd = open_socket(path)
+        try:
+            connection.connect(f"/proc/self/fd/{fd}")
+        finally:
+            os.close(fd)
     except OSError as error:
         connection.close()
         raise VmmFailure(f"cannot connect to {path.name}: {error.strerror}") from error

@@ -75,12 +75,23 @@ class Disk:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceLimits:
+    """What the VMM lets devices do at most, in bytes a second; 0 is no limit."""
+
+    disk: int = 0  # each disk
+    download: int = 0  # what the guest receives
+    upload: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class MachineResources:
     """What this host supplies to one VMM process.
 
     ``directory`` is private to the VM and receives the sockets; ``memory_image`` is an existing
     file of exactly ``memory_bytes``, mapped privately and never written; ``device_state`` is None
-    for a cold boot; ``generation_id`` is fresh for every boot and fork (VMGenID).
+    for a cold boot; ``generation_id`` is fresh for every boot and fork (VMGenID). ``tap`` is a
+    network device of this host, for VMMs without a network of their own; ``limits`` hold for VMMs
+    that can keep them, from the boot on (they are part of device state).
     """
 
     directory: Path
@@ -93,6 +104,8 @@ class MachineResources:
     console_log: Path
     vmm_log: Path
     device_state: Path | None = None
+    tap: str | None = None
+    limits: DeviceLimits = DeviceLimits()
 
 
 class MachineStatus(StrEnum):

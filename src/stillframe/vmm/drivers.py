@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from stillframe.host.programs import find_program
 from stillframe.vmm.cloud_hypervisor.driver import CloudHypervisorDriver
 from stillframe.vmm.driver import Driver
 from stillframe.vmm.firecracker.driver import FirecrackerDriver
@@ -18,15 +19,21 @@ def make_drivers(
     *,
     firecracker_binary: str = "firecracker",
     cloud_hypervisor_binary: str = "cloud-hypervisor",
+    programs_dir: Path | None = None,
     tracker: Path | None = None,
     fake: bool = False,
 ) -> list[Driver]:
     """All drivers, each of which finds out for itself whether it can work here.
 
     ``accelerator`` is auto, kvm or tcg; ``cache_dir`` keeps slow findings for the next start;
+    ``programs_dir`` is where ``stillframe setup`` installs hypervisors;
     ``tracker`` is the library that has writes to guest memory tracked.
     The fake hypervisor runs no guest kernel and is only there when asked for by name.
     """
+
+    def program(name: str) -> str:
+        return find_program(name, programs_dir) or name
+
     drivers: list[Driver] = [
         QemuDriver(
             qemu_binary,
@@ -37,8 +44,8 @@ def make_drivers(
         )
         for hypervisor in BOARDS
     ]
-    drivers.append(FirecrackerDriver(firecracker_binary, qemu_binary=qemu_binary))
-    drivers.append(CloudHypervisorDriver(cloud_hypervisor_binary, qemu_binary=qemu_binary))
+    drivers.append(FirecrackerDriver(program(firecracker_binary)))
+    drivers.append(CloudHypervisorDriver(program(cloud_hypervisor_binary), qemu_binary=qemu_binary))
     if fake:
         from stillframe.vmm.fake.driver import FakeDriver
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 import httpx2
 
-from stillframe.model.errors import VmmFailure
+from stillframe.host.sockets import open_socket
+from stillframe.model.errors import StorageFull, VmmFailure
 
 _DEADLINE = 60.0  # seconds; a VMM that answers later hangs
+_NO_SPACE = ("(os error 28)", "(os error 122)")  # how Rust prints ENOSPC and EDQUOT
 _MESSAGE_FIELDS = ("fault_message", "error", "message")
 
 
@@ -29,42 +32,64 @@ class UnixHttp:
     """A conversation with the VMM that listens at ``socket``. All methods raise VmmFailure."""
 
     def __init__(self, socket: Path, name: str) -> None:
-        """``name`` is the VMM's, for messages."""
-        self._name = name
-        self._client = httpx2.AsyncClient(
-            transport=httpx2.AsyncHTTPTransport(uds=str(socket)),
-            base_url="http://localhost",
-            timeout=_DEADLINE,
-            trust_env=False,
-        )
+        """``name`` is the VMM's, for messages. Nothing is connected before the first request."""
+        self._name, self._socket = name, socket
+        self._client: httpx2.AsyncClient | None = None
+        self._fd = -1
+        self._ended = False
 
-    async def call(self, call: Call) -> Any:
-        """Send a request; the answer's JSON, or None where there is none."""
+    def _opened(self) -> httpx2.AsyncClient:
+        if self._ended:
+            raise VmmFailure(f"the conversation with {self._name} has ended")
+        if self._client is None:
+            try:
+                self._fd = open_socket(self._socket)
+            except OSError as error:
+                raise VmmFailure(f"{self._name} is gone: {error.strerror}") from error
+            # Without verify=False a TLS context is made, which takes longer than all the rest.
+            transport = httpx2.AsyncHTTPTransport(uds=f"/proc/self/fd/{self._fd}", verify=False)
+            self._client = httpx2.AsyncClient(
+                transport=transport, base_url="http://localhost", trust_env=False
+            )
+        return self._client
+
+    async def call(self, call: Call, *, deadline: float = _DEADLINE) -> Any:
+        """Send a request; the answer's JSON, or None where there is none.
+
+        ``deadline`` is in seconds. Raises StorageFull too.
+        """
         what = f"{call.method} {call.path}"
         content = None if call.body is None else json.dumps(call.body).encode()
         headers = {"Content-Type": "application/json"} if content else {}
         try:
-            response = await self._client.request(
-                call.method, call.path, content=content, headers=headers
+            response = await self._opened().request(
+                call.method, call.path, content=content, headers=headers, timeout=deadline
             )
         except httpx2.TimeoutException as error:
             raise VmmFailure(
-                f"{self._name} did not answer {what} within {_DEADLINE:.0f} s", command=what
+                f"{self._name} did not answer {what} within {deadline:.0f} s", command=what
             ) from error
         except httpx2.TransportError as error:
             raise VmmFailure(
-                f"{self._name} was lost during {what}: {error}", command=what
+                f"{self._name} was lost during {what}: {error or type(error).__name__}",
+                command=what,
             ) from error
         if response.is_success:
             return response.json() if response.content else None
+        reason = _reason(response)
+        if any(words in reason for words in _NO_SPACE):
+            raise StorageFull(f"no space for what {self._name} writes: {reason}")
         raise VmmFailure(
-            f"{self._name} refused {what}: {_reason(response)}",
+            f"{self._name} refused {what}: {reason}",
             command=what, refused=True, status=response.status_code,
         )  # fmt: skip
 
     async def close(self) -> None:
         """End the conversation; the VMM runs on."""
-        await self._client.aclose()
+        client, self._client, self._ended = self._client, None, True
+        if client is not None:
+            await client.aclose()
+            os.close(self._fd)
 
 
 def _reason(response: httpx2.Response) -> str:

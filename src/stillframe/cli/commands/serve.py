@@ -81,6 +81,7 @@ def _run_server(settings: Settings) -> None:
             qemu_binary=settings.qemu_binary,
             firecracker_binary=settings.firecracker_binary,
             cloud_hypervisor_binary=settings.cloud_hypervisor_binary,
+            programs_dir=settings.programs_dir,
             accelerator=settings.accelerator,
             max_vcpus=settings.max_vcpus,
             max_memory_bytes=settings.max_memory_bytes,

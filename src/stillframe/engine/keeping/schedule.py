@@ -4,11 +4,11 @@ A run is taken by the same verb as people use. Its order makes a crash anywhere 
 
 1. one commit says that the run began: its snapshot's name is pending, the next run is set;
 2. the snapshot, a verb of its own with its own intent;
-3. one commit says what became of it;
-4. retention deletes, each deletion a verb of its own.
+3. retention deletes, each deletion a verb of its own;
+4. one commit says what became of it.
 
-After a crash in 2 the pending name tells whether the snapshot was taken; if not, the run is made
-up for, once. A crash in 4 leaves to the next run what it did not delete.
+After a crash the pending name tells whether the snapshot was taken: if it was, the rest is done by
+the next server, else the run is made up for, once.
 
 Runs go by the wall clock, and at most one is made up for however many were missed; when the clock
 goes back, the next run is set anew. Deletions go by the believed clock (``clock.py``).
@@ -211,6 +211,9 @@ class Scheduler:
         if rest > 0:
             waits.append(timedelta(seconds=rest))
             return
+        self._start(key, work)
+
+    def _start(self, key: str, work: Callable[[str], Coroutine[Any, Any, None]]) -> None:
         task = self._context.spawn(self._supervised(key, work), name=f"scheduled {key}")
         self._work[key] = task
         task.add_done_callback(lambda _: self._ended(key))
@@ -264,12 +267,16 @@ class Scheduler:
         except Exception:
             self._finish(schedule, error="an unforeseen error; the server's log has it")
             raise
-        finished = self._finish(schedule, snapshot_id=taken.id)
+        return await self._complete(schedule, taken.id)
+
+    async def _complete(self, schedule: Schedule, snapshot_id: str) -> Schedule:
+        """The rest of a run whose snapshot is there: retention, then the record."""
+        failure: str | None = None
         try:
-            await retain.prune(self._context, finished, self.clock.read())
+            await retain.prune(self._context, schedule, self.clock.read())
         except StillframeError as error:
-            return self._finish(finished, snapshot_id=taken.id, error=f"retention: {error.message}")
-        return finished
+            failure = f"retention: {error.message}"
+        return self._finish(schedule, snapshot_id=snapshot_id, error=failure)
 
     def _begin(self, schedule: Schedule) -> Schedule:
         now, records = self._context.now(), self._context.records
@@ -335,7 +342,13 @@ class Scheduler:
             None,
         )
         if taken is not None:
-            self._finish(schedule, snapshot_id=taken.id)
+            key, found = schedule.instance_id, taken.id
+
+            async def complete(_: str) -> None:
+                async with self._turn:
+                    await self._complete(schedule, found)
+
+            self._start(key, complete)
             return
         first = schedule.interrupted == 0
         self._context.records.put_schedule(

@@ -210,7 +210,14 @@ class CloudHypervisorDriver:
             raise HostFailure(f"the VM's socket cannot be made: {error.strerror}") from error
         with listener:
             return spawn(
-                [self._binary, "--api-socket", f"fd={listener.fileno()}"],
+                # The log's path also tells whose process it is: see host/orphans.py.
+                [
+                    self._binary,
+                    "--api-socket",
+                    f"fd={listener.fileno()}",
+                    "--log-file",
+                    resources.vmm_log,
+                ],
                 output=resources.vmm_log,
                 pass_fds=[listener.fileno()],
                 cwd=resources.directory,

@@ -1,7 +1,7 @@
 """The requests Firecracker is sent, as data (its swagger/firecracker.yaml; names are its own).
 
-Paths are relative to the VM's directory, which is the VMM's working directory: a snapshot therefore
-names no file of another VM, and a fork finds its own disks and sockets under the same names.
+Paths are those of the VMM's private file tree (``isolation.py``), the same in every VM: a snapshot
+therefore names no file of another VM, and a fork finds its own disks and sockets there.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from stillframe.vmm.vsock import GUEST_CID
 
 Version = tuple[int, int, int]
 
-NETWORK_OVERRIDES: Version = (1, 12, 0)
 VSOCK_OVERRIDE: Version = (1, 16, 0)
 CLOCK_REALTIME: Version = (1, 16, 0)
-SERIAL_PATH: Version = (1, 14, 0)
 TRACK_DIRTY_PAGES: Version = (1, 13, 0)  # before: enable_diff_snapshots
+RESIDENT_PAGES: Version = (1, 13, 0)  # a diff without dirty tracking: see ``create_snapshot``
+NETWORK_INTERFACE = "eth0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,12 @@ class RateLimit:
     """At most ``size`` tokens (bytes, or operations) every ``refill_ms`` milliseconds."""
 
     size: int
-    refill_ms: int
+    refill_ms: int = 1000
+
+    @classmethod
+    def per_second(cls, tokens: int) -> RateLimit | None:
+        """So many a second; None for 0, which is no limit."""
+        return cls(tokens) if tokens > 0 else None
 
     def body(self) -> dict[str, int]:
         """A ``TokenBucket``."""
@@ -87,9 +92,13 @@ def entropy() -> Call:
     return Call("PUT", "/entropy", {})
 
 
-def serial(path: str) -> Call:
-    """Where the serial console is written to (an existing file or pipe)."""
-    return Call("PUT", "/serial", {"serial_out_path": path})
+def network(tap: str, *, download: RateLimit | None, upload: RateLimit | None) -> Call:
+    """The network device, by a tap device of the host. ``download`` is what the guest receives."""
+    body: dict[str, Any] = {"iface_id": NETWORK_INTERFACE, "host_dev_name": tap}
+    for name, limit in (("rx_rate_limiter", download), ("tx_rate_limiter", upload)):
+        if limit is not None:
+            body[name] = {"bandwidth": limit.body()}
+    return Call("PUT", f"/network-interfaces/{NETWORK_INTERFACE}", body)
 
 
 def start() -> Call:
@@ -117,8 +126,18 @@ def describe() -> Call:
     return Call("GET", "/")
 
 
+def shape() -> Call:
+    """What the VM has: ``vcpu_count``, ``mem_size_mib``."""
+    return Call("GET", "/machine-config")
+
+
 def create_snapshot(state: str, memory: str, *, diff: bool) -> Call:
-    """Write device state and memory; ``diff`` writes only pages dirtied since they were tracked."""
+    """Write device state and memory.
+
+    ``diff`` leaves out the pages that were not dirtied since that is tracked. Where it is not
+    tracked, those that are not in memory (mincore(2)), which of anonymous memory without swap are
+    those that nobody ever wrote.
+    """
     body = {
         "snapshot_type": "Diff" if diff else "Full",
         "snapshot_path": state,
@@ -146,7 +165,7 @@ def load_snapshot(
         "resume_vm": False,
     }
     body["track_dirty_pages" if version >= TRACK_DIRTY_PAGES else "enable_diff_snapshots"] = True
-    if taps and version >= NETWORK_OVERRIDES:
+    if taps:
         body["network_overrides"] = [
             {"iface_id": name, "host_dev_name": tap} for name, tap in taps.items()
         ]

@@ -4,130 +4,52 @@ A VM that was loaded is a private mapping of its memory image, like every other 
 pages are read from outside, and Firecracker is asked for device state only. After a cold boot its
 memory is anonymous, and Firecracker writes all of it.
 
-Firecracker runs in the VM's directory and knows its files by relative names, so that no path within
-a snapshot leads to another VM.
+Each Firecracker lives in a file tree of its own (``isolation.py``).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
-import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from stillframe.host.capacity import processor
 from stillframe.host.process import Process, adopt, run, spawn
+from stillframe.host.programs import find_program
 from stillframe.host.sockets import connect_socket
 from stillframe.host.watch import file_changes
-from stillframe.model.errors import MissingComponent, StillframeError, VmmFailure
-from stillframe.model.values import Hypervisor, ProcessIdentity
-from stillframe.vmm.driver import (
-    AgentStream,
-    DriverProbe,
-    MachineResources,
-    MachineSpec,
-    MachineStatus,
-    check_shape,
+from stillframe.model.errors import (
+    HostFailure,
+    MissingComponent,
+    NotSupported,
+    StillframeError,
+    VmmFailure,
 )
+from stillframe.model.values import Hypervisor, ProcessIdentity
+from stillframe.vmm.driver import DriverProbe, MachineResources, MachineSpec, check_shape
 from stillframe.vmm.firecracker import api
+from stillframe.vmm.firecracker.isolation import Seen, SharedDirectory, confined
+from stillframe.vmm.firecracker.machine import FirecrackerMachine
+from stillframe.vmm.firecracker.probe import kvm_refusal
 from stillframe.vmm.kernel import uncompressed_kernel
-from stillframe.vmm.kvm import kvm_reason
-from stillframe.vmm.names import give_names, last_words, remove_names
-from stillframe.vmm.unix_http import Call, UnixHttp
+from stillframe.vmm.names import last_words
+from stillframe.vmm.unix_http import Call
 from stillframe.vmm.versions import refuse_known_bad
-from stillframe.vmm.vsock import AGENT_ARGUMENT, AGENT_VSOCK_PORT, dial_vsock
+from stillframe.vmm.vsock import AGENT_ARGUMENT
 
-_API, _VSOCK, _MEMORY, _DEVICES = "api.sock", "vsock.sock", "memory.link", "devices.link"
-_START_DEADLINE = 30.0  # seconds until the API answers
-_ABOUT_TO_LISTEN = 0.001  # seconds
-_AGENT_DEADLINE = 120.0  # seconds for a guest to boot as far as its agent
+_START_DEADLINE = 60.0  # seconds until the API answers
 _FEATURES = ("fork", "pause", "snapshots", "standby")
 _VERSION = re.compile(rb"Firecracker v(\d+)\.(\d+)\.(\d+)")
-_STATUS = {"Running": MachineStatus.RUNNING, "Paused": MachineStatus.PAUSED}
-
-
-class FirecrackerMachine:
-    """One Firecracker process. Implements ``Machine``."""
-
-    def __init__(self, process: Process, directory: Path, *, loaded: bool) -> None:
-        """``loaded``: its memory is a mapping of the image, not anonymous."""
-        self.process: ProcessIdentity = process.identity
-        self.shutdown_reason: str | None = None
-        self.writes_memory = not loaded
-        self._process = process
-        self._directory = directory
-        self._http = UnixHttp(directory / _API, f"Firecracker (pid {process.identity.pid})")
-
-    async def call(self, call: Call) -> object:
-        """Send a request. Raises VmmFailure, also when the process has ended."""
-        return await self._http.call(call)
-
-    async def status(self) -> MachineStatus:
-        """Ask for the state of the VM (GET /)."""
-        told = await self._http.call(api.describe())
-        return _STATUS.get(told["state"], MachineStatus.UNKNOWN)
-
-    async def pause(self) -> None:
-        """Stop the vCPUs (PATCH /vm)."""
-        await self._http.call(api.pause())
-
-    async def resume(self) -> None:
-        """Let the vCPUs run (PATCH /vm)."""
-        await self._http.call(api.resume())
-
-    async def save_devices(self, destination: Path, memory: Path | None = None) -> None:
-        """Write device state; all memory too where it is anonymous (PUT /snapshot/create).
-
-        Firecracker cannot leave memory out. What it has noted as dirty since the last time goes
-        into memory of ours that is dropped: it is read from outside, where nothing is forgotten.
-        """
-        if memory is not None:
-            call = api.create_snapshot(str(destination), str(memory), diff=False)
-            await self._http.call(call)
-            return
-        dropped = os.memfd_create("stillframe-dropped", os.MFD_CLOEXEC)
-        try:
-            path = f"/proc/{os.getpid()}/fd/{dropped}"
-            await self._http.call(api.create_snapshot(str(destination), path, diff=True))
-        finally:
-            os.close(dropped)
-
-    async def begin_disk_copy(self, index: int, copy: Path) -> bool:
-        """Firecracker does not tell what changes on a disk."""
-        return False
-
-    async def finish_disk_copy(self, index: int) -> None:
-        """Nothing: no copy is ever under way."""
-
-    async def end_disk_copy(self, index: int) -> None:
-        """Nothing: no copy is ever under way."""
-
-    async def dial_agent(self) -> AgentStream:
-        """Connect to the agent's vsock port."""
-        return await dial_vsock(
-            self._directory / _VSOCK, AGENT_VSOCK_PORT, deadline=_AGENT_DEADLINE
-        )
-
-    async def power_button(self) -> None:
-        """Press Ctrl-Alt-Del (PUT /actions)."""
-        await self._http.call(api.power_button())
-
-    async def kill(self) -> None:
-        """SIGKILL Firecracker, prove its death and remove its sockets."""
-        await self._process.kill()
-        await self._http.close()
-        remove_names(self._directory)
-
-    async def wait_exit(self) -> None:
-        """Return when Firecracker is gone."""
-        await self._process.wait()
-
-    async def close(self) -> None:
-        """Drop the connection; Firecracker runs on."""
-        await self._http.close()
-        self._process.close()
+_ANSWERED_VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
+_KERNEL, _INITRD, _LOADED, _IMAGE = "/kernel", "/initrd", "/devices", "/memory"
+# A guest that resets by the keyboard controller ends Firecracker with 0, by a triple fault with an
+# error. The last of several such arguments counts.
+_RESET = "reboot=k"
+_NO_INITRD = Path("/dev/null")
+_SCRATCH_RESERVE = 1 << 20  # bytes beyond the guest's memory
 
 
 class FirecrackerDriver:
@@ -140,16 +62,16 @@ class FirecrackerDriver:
         binary: str = "firecracker",
         *,
         accelerator: str = "auto",
-        qemu_binary: str = "qemu-system-x86_64",
     ) -> None:
-        """``accelerator``: auto has ``qemu_binary`` try whether KVM runs guests; kvm trusts it."""
-        self._binary, self._accelerator, self._qemu = binary, accelerator, qemu_binary
+        """``accelerator``: auto tries whether KVM runs guests; kvm trusts it."""
+        self._name, self._accelerator = binary, accelerator
         self._probing = asyncio.Lock()
         self._probe: DriverProbe | None = None
+        self._binary = ""
         self._version: api.Version | None = None
 
     async def probe(self) -> DriverProbe:
-        """Find the binary, its version, and whether KVM runs guests here."""
+        """Find the binary, its version, its file tree, and whether KVM runs guests here."""
         async with self._probing:
             if self._probe is None:
                 try:
@@ -169,112 +91,216 @@ class FirecrackerDriver:
             return self._probe
 
     async def _examine(self) -> api.Version:
-        binary = shutil.which(self._binary)
-        if binary is None:
+        found = find_program(self._name)
+        if found is None:
             raise MissingComponent(
-                f"{self._binary} is not installed", hint="stillframe setup firecracker"
+                f"{self._name} is not installed", hint="stillframe setup firecracker"
             )
-        match = _VERSION.search((await run([binary, "--version"], timeout=30)).stdout)
-        if match is None:
-            raise VmmFailure(f"{binary} does not tell its version")
-        major, minor, micro = (int(part) for part in match.groups())
-        refuse_known_bad(self.hypervisor, (major, minor, micro))
+        self._binary = found
+        version = await _version_of(found)
+        refuse_known_bad(self.hypervisor, version)
         if self._accelerator == "auto":
-            reason = await asyncio.to_thread(kvm_reason, self._qemu)
-            if reason is not None:
-                raise MissingComponent(f"Firecracker needs KVM: {reason}")
-        return major, minor, micro
+            refusal = await kvm_refusal(found)
+            if refusal is not None:
+                raise MissingComponent(f"Firecracker needs KVM: {refusal}")
+        return version
 
     async def start(self, spec: MachineSpec, resources: MachineResources) -> FirecrackerMachine:
         """Spawn Firecracker; boot, or load and stand still. Nothing is left on failure."""
         probe = await self.probe()
         if self._version is None:
             raise MissingComponent(f"Firecracker is not available: {probe.reason}", hint=probe.hint)
+        if spec.network and resources.tap is None:
+            raise NotSupported(
+                "Firecracker has no network without a tap device of the host",
+                hint="turn the instance's network off, or use qemu",
+            )
         check_shape(spec, resources.memory_image)
-        directory = resources.directory
+        shared = SharedDirectory(resources.directory)
         async with contextlib.AsyncExitStack() as undo:
-            undo.callback(remove_names, directory)
-            remove_names(directory)
-            others = {_MEMORY: resources.memory_image}
-            if resources.device_state is not None:
-                others[_DEVICES] = resources.device_state
-            names = give_names(resources, others)
-            async with file_changes(directory) as changed:
-                process = await asyncio.to_thread(
-                    spawn,
-                    [self._binary, "--api-sock", _API, "--level", "Warning"],
-                    output=resources.console_log,
-                    cwd=directory,
-                )
-                machine = FirecrackerMachine(
-                    process, directory, loaded=resources.device_state is not None
-                )
+            undo.callback(_remove, shared)
+            await asyncio.to_thread(shared.make)
+            seen = await asyncio.to_thread(_seen, resources)
+            process = await asyncio.to_thread(_spawn, self._binary, spec, resources, shared, seen)
+            undo.push_async_callback(process.kill)
+            try:
+                await _until_listening(process, shared)
+                machine = self._machine(process, resources, self._version)
                 undo.push_async_callback(machine.kill)
-                try:
-                    await _until_listening(directory / _API, process, changed)
-                    await self._configure(machine, spec, resources, names)
-                except VmmFailure as error:
-                    words = last_words(resources.console_log)
-                    raise VmmFailure(f"{error.message}{words}", hint=error.hint) from error
+                await _configure(machine, self._version, spec, resources)
+            except VmmFailure as error:
+                words = last_words(shared.log) or last_words(resources.vmm_log)
+                message = f"{error.message}{words}"
+                raise VmmFailure(message, hint=error.hint, silent=not words) from error
             undo.pop_all()
         return machine
 
-    async def _configure(
-        self,
-        machine: FirecrackerMachine,
-        spec: MachineSpec,
+    @staticmethod
+    def _machine(
+        process: Process,
         resources: MachineResources,
-        disks: list[str],
-    ) -> None:
-        assert self._version is not None  # noqa: S101 - for the type checker
-        if resources.device_state is not None:
-            await machine.call(
-                api.load_snapshot(self._version, _DEVICES, _MEMORY, vsock_path=_VSOCK)
-            )
-            return
-        kernel = await asyncio.to_thread(uncompressed_kernel, resources.kernel)
-        initrd = None if resources.initrd == Path("/dev/null") else str(resources.initrd)
-        arguments = f"{resources.kernel_arguments} {AGENT_ARGUMENT}"
-        await machine.call(api.machine_config(spec))
-        await machine.call(api.boot_source(str(kernel), initrd, arguments))
-        for index, (name, disk) in enumerate(zip(disks, resources.disks, strict=True)):
-            await machine.call(api.drive(index, name, readonly=disk.readonly))
-        await machine.call(api.vsock(_VSOCK))
-        await machine.call(api.entropy())
-        await machine.call(api.start())
+        version: api.Version,
+        *,
+        loaded: bool | None = None,
+    ) -> FirecrackerMachine:
+        return FirecrackerMachine(
+            process, SharedDirectory(resources.directory), version,
+            loaded=resources.device_state is not None if loaded is None else loaded,
+            console_log=resources.console_log, vmm_log=resources.vmm_log,
+        )  # fmt: skip
 
     async def adopt(
         self, process: ProcessIdentity, resources: MachineResources
     ) -> FirecrackerMachine:
         """Take over a Firecracker that an earlier server started. Raises VmmFailure."""
-        adopted = adopt(process)
-        loaded = await asyncio.to_thread(_maps, process.pid, resources.memory_image)
-        machine = FirecrackerMachine(adopted, resources.directory, loaded=loaded)
         try:
-            await machine.status()
+            adopted = adopt(process)
+        except VmmFailure:  # nobody else would remove what it left
+            await asyncio.to_thread(_remove, SharedDirectory(resources.directory))
+            raise
+        try:
+            loaded = await asyncio.to_thread(_maps, process.pid, resources.memory_image)
+            # The running one may be older than what is installed by now: it says itself.
+            machine = self._machine(adopted, resources, api.RESIDENT_PAGES, loaded=loaded)
+            try:
+                machine.version = _parsed(await machine.call(api.describe()))
+            except BaseException:
+                await machine.close()
+                raise
         except BaseException:
-            await machine.close()
+            adopted.close()
             raise
         return machine
 
 
-async def _until_listening(path: Path, process: Process, changed: asyncio.Event) -> None:
-    """Wait until ``process`` listens at ``path``; ``changed`` tells of files made beside it."""
+async def _version_of(binary: str) -> api.Version:
+    """Ask it within a file tree like those of VMs. Raises MissingComponent where there is none."""
+    with tempfile.TemporaryDirectory(prefix="stillframe-probe-") as directory:
+        shared = SharedDirectory(Path(directory))
+        shared.make()
+        command = confined(binary, ["--version"], shared.path, [])
+        done = await run(command, timeout=30, check=False)
+    words = done.stderr.decode(errors="replace").strip()
+    if done.returncode != 0 and "no private file tree" in words:
+        raise MissingComponent(
+            f"Firecracker cannot be confined: {words}",
+            hint="run the server as root, or allow user namespaces (user_namespaces(7)); on Ubuntu "
+            "set kernel.apparmor_restrict_unprivileged_userns to 0",
+        )
+    match = _VERSION.search(done.stdout)
+    if match is None:
+        raise MissingComponent(f"{binary} does not tell its version ({words or 'no message'})")
+    major, minor, micro = (int(part) for part in match.groups())
+    return major, minor, micro
+
+
+def _parsed(described: dict[str, str]) -> api.Version:
+    match = _ANSWERED_VERSION.search(described["vmm_version"])
+    if match is None:
+        raise VmmFailure(f"Firecracker has no version: {described['vmm_version']}")
+    major, minor, micro = (int(part) for part in match.groups())
+    return major, minor, micro
+
+
+def _seen(resources: MachineResources) -> list[Seen]:
+    """The VM's files by their names inside. Unpacks the kernel where that is necessary."""
+    seen = [
+        Seen(f"/disk{index}", disk.path, disk.readonly)
+        for index, disk in enumerate(resources.disks)
+    ]
+    if resources.device_state is not None:
+        return [*seen, Seen(_LOADED, resources.device_state), Seen(_IMAGE, resources.memory_image)]
+    seen.append(Seen(_KERNEL, uncompressed_kernel(resources.kernel)))
+    if resources.initrd != _NO_INITRD:
+        seen.append(Seen(_INITRD, resources.initrd))
+    return seen
+
+
+def _spawn(
+    binary: str,
+    spec: MachineSpec,
+    resources: MachineResources,
+    shared: SharedDirectory,
+    seen: list[Seen],
+) -> Process:
+    arguments = ["--api-sock", shared.API, "--log-path", shared.LOG, "--level", "Info"]
+    command = confined(
+        binary, arguments, shared.path, seen,
+        scratch_bytes=spec.memory_bytes + _SCRATCH_RESERVE,
+        console=resources.console_log, network=resources.tap is not None,
+    )  # fmt: skip
+    return spawn(command, output=resources.vmm_log)
+
+
+async def _configure(
+    machine: FirecrackerMachine,
+    version: api.Version,
+    spec: MachineSpec,
+    resources: MachineResources,
+) -> None:
+    """Boot; or load, and refuse a VM that is not of the shape that it should have."""
+    if resources.device_state is None:
+        for call in _boot_calls(spec, resources):
+            await machine.call(call)
+        return
+    taps = {} if resources.tap is None else {api.NETWORK_INTERFACE: resources.tap}
+    await machine.call(
+        api.load_snapshot(version, _LOADED, _IMAGE, vsock_path=SharedDirectory.AGENT, taps=taps)
+    )
+    shape = await machine.call(api.shape())
+    found = (shape["vcpu_count"], shape["mem_size_mib"] << 20)
+    if found != (spec.vcpus, spec.memory_bytes):
+        raise VmmFailure(
+            f"the device state is of a VM with {found[0]} vCPUs and {found[1]} bytes of memory"
+        )
+
+
+def _boot_calls(spec: MachineSpec, resources: MachineResources) -> Iterator[Call]:
+    limits = resources.limits
+    initrd = None if resources.initrd == _NO_INITRD else _INITRD
+    yield api.machine_config(spec)
+    arguments = f"{resources.kernel_arguments} {_RESET} {AGENT_ARGUMENT}".strip()
+    yield api.boot_source(_KERNEL, initrd, arguments)
+    for index, disk in enumerate(resources.disks):
+        bandwidth = api.RateLimit.per_second(limits.disk)
+        yield api.drive(index, f"/disk{index}", readonly=disk.readonly, bandwidth=bandwidth)
+    if resources.tap is not None:
+        yield api.network(
+            resources.tap,
+            download=api.RateLimit.per_second(limits.download),
+            upload=api.RateLimit.per_second(limits.upload),
+        )
+    yield api.vsock(SharedDirectory.AGENT)
+    yield api.entropy()
+    yield api.start()
+
+
+async def _until_listening(process: Process, shared: SharedDirectory) -> None:
+    """Return when Firecracker accepts connections. Raises VmmFailure when it ends before that.
+
+    The socket's name appears at bind(2), a moment before listen(2); the line that Firecracker logs
+    then comes after both. Either is a reason to try, so nothing is asked again and again.
+    """
     died = asyncio.ensure_future(process.wait())
     try:
-        async with asyncio.timeout(_START_DEADLINE):
-            while not _listens(path):
+        async with (
+            asyncio.timeout(_START_DEADLINE),
+            file_changes(shared.path) as named,
+            file_changes(shared.log) as logged,
+        ):
+            while not _listens(shared.api):
+                waits = [asyncio.ensure_future(event.wait()) for event in (named, logged)]
+                await asyncio.wait([died, *waits], return_when=asyncio.FIRST_COMPLETED)
+                for wait in waits:
+                    wait.cancel()
                 if died.done():
-                    raise VmmFailure("Firecracker ended before it listened")
-                if path.exists():  # bound, and about to listen, of which nobody is told
-                    await asyncio.sleep(_ABOUT_TO_LISTEN)
-                    continue
-                waiting = asyncio.ensure_future(changed.wait())
-                await asyncio.wait([waiting, died], return_when=asyncio.FIRST_COMPLETED)
-                waiting.cancel()
-                changed.clear()
+                    raise VmmFailure("Firecracker ended before it answered")
+                named.clear()
+                logged.clear()
     except TimeoutError as error:
-        raise VmmFailure("Firecracker does not listen on its socket") from error
+        raise VmmFailure(f"Firecracker did not answer within {_START_DEADLINE:.0f} s") from error
+    except OSError as error:
+        raise HostFailure(f"the VM's directory cannot be watched: {error.strerror}") from error
     finally:
         died.cancel()
 
@@ -287,7 +313,13 @@ def _listens(path: Path) -> bool:
     return True
 
 
+def _remove(shared: SharedDirectory) -> None:
+    with contextlib.suppress(OSError):
+        shared.remove()
+
+
 def _maps(pid: int, image: Path) -> bool:
+    """Whether the process maps the image: it was loaded, not booted."""
     try:
         status = image.stat()
         maps = Path(f"/proc/{pid}/maps").read_text()
