@@ -15,6 +15,7 @@ import pytest
 
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import ForkRequest
+from stillframe.engine.keeping.expanded import link_in_place
 from stillframe.host.files import remove_tree
 from stillframe.host.orphans import kill_orphans, processes_naming
 from stillframe.host.sockets import bind_unix
@@ -286,3 +287,18 @@ async def test_retention_that_a_killed_server_owed_is_done_by_the_next(tmp_path:
         settled = engine.find_schedule(source.id)
         assert (settled.pending, settled.last_snapshot_id) == (None, second.id)
         assert first.last_snapshot_id != second.id
+
+
+def test_a_link_that_cannot_take_its_place_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restore on a full disk left ``memory.new`` with the sleeping instance."""
+    (tmp_path / "image").touch()
+
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="No space"):
+        link_in_place(tmp_path / "image", tmp_path / "memory")
+    assert listing(tmp_path) == ["image"]
