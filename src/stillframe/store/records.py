@@ -363,6 +363,17 @@ class Records:
             self._insert_intent(sql, intent)
         self.intents[intent.subject] = intent
 
+    def amend(self, subject: str, facts: Mapping[str, str]) -> None:
+        """Add facts to an intent durably, before what they announce. Raises as ``transaction``."""
+        intent = self.intents[subject]
+        amended = replace(intent, facts={**intent.facts, **facts})
+        with self.transaction() as sql:
+            sql.execute(
+                "UPDATE intents SET document = ? WHERE subject = ?",
+                (json.dumps(dict(amended.facts)), subject),
+            )
+        self.intents[subject] = amended
+
     def fulfil(self, subject: str) -> None:
         """Remove an intent: its verb is done or undone."""
         if subject in self.intents:

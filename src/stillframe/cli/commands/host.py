@@ -155,8 +155,11 @@ def _server_findings(client: Client) -> Iterator[Finding]:
         return
     yield Finding("server", "ok", f"{client.base_url}, version {answer['server']['version']}")
     for runtime in answer.get("runtimes", []):
-        name, features = f"hypervisor {runtime['name']}", ", ".join(runtime.get("features", []))
+        name = f"hypervisor {runtime['name']}"
         if runtime["available"]:
-            yield Finding(name, "ok", features or "available")
+            features = ", ".join(runtime.get("features") or ["available"])
+            what = f"{runtime.get('version')} on {runtime.get('accelerator')}: {features}"
+            yield Finding(name, "ok", what)
         else:
-            yield Finding(name, "warn", "not available", str(runtime.get("hint") or ""))
+            reason = str(runtime.get("reason") or "not available")
+            yield Finding(name, "warn", reason, str(runtime.get("hint") or ""))

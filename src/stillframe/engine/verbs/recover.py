@@ -43,6 +43,7 @@ async def recover(context: Context) -> None:
     for intent in list(context.records.intents.values()):
         try:
             await asyncio.to_thread(_undo_files, context, intent)
+            _undo_image(context, intent)
         except OSError as error:  # the others can be had nevertheless
             log.error("%s of %s cannot be undone yet: %s", intent.verb, intent.subject, error)
             continue
@@ -92,6 +93,15 @@ def _undo_files(context: Context, intent: Intent) -> None:
         case "restore snapshot":
             put_back(data.instance(subject), data.instance_previous(subject))
             remove_tree(data.instance_staged(subject).directory)
+
+
+def _undo_image(context: Context, intent: Intent) -> None:
+    """Take back an image that came along with a snapshot, unless somebody has come to use it."""
+    digest, records = intent.facts.get("image"), context.records
+    templates = [snapshot.template for snapshot in records.snapshots.values()]
+    used = any(i.image_digest == digest for i in [*records.instances.values(), *templates])
+    if digest is not None and not used and not records.damaged:
+        context.images.disown(digest)
 
 
 def _undo_records(context: Context, intent: Intent) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stillframe.host.capacity import processor
 from stillframe.host.files import remove_tree, storage_errors
 from stillframe.host.process import Process, adopt, run, spawn
 from stillframe.host.sockets import bind_unix
@@ -64,7 +65,9 @@ class CloudHypervisorDriver:
             if self._probe is None:
                 try:
                     version = ".".join(map(str, await self._examine()))
-                    self._probe = DriverProbe(self.hypervisor, True, version, "kvm", _FEATURES)
+                    self._probe = DriverProbe(
+                        self.hypervisor, True, version, "kvm", processor(), _FEATURES
+                    )
                 except StillframeError as error:
                     self._probe = DriverProbe(
                         self.hypervisor, False, reason=error.message, hint=error.hint
