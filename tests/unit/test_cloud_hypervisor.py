@@ -78,6 +78,12 @@ def saved(home: Path, config: dict[str, Any] = CONFIG) -> Path:
     return home / "devices"
 
 
+@pytest.fixture(autouse=True)
+def landlock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the host of the recording, whatever this kernel has."""
+    monkeypatch.setattr(driver, "landlock_version", lambda: 7)
+
+
 async def test_a_boot_asks_what_cloud_hypervisor_was_asked(tmp_path: Path) -> None:
     cold = files(tmp_path)
     conversation = recorded(RECORDED, "boot")
@@ -239,6 +245,7 @@ def test_a_guest_keeps_its_address_and_gets_its_host_device(tmp_path: Path) -> N
     state.unpack(tmp_path, ours)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["net"] == [{"id": "net", "tap": "tap7", "mac": mac}]
+    assert "landlock_enable" not in written  # unless asked for
 
 
 def test_packed_state_is_the_same_each_time_and_names_no_memory(tmp_path: Path) -> None:
@@ -255,6 +262,15 @@ def test_packed_state_is_the_same_each_time_and_names_no_memory(tmp_path: Path) 
         "boot_ram": 4096,
         "memory_ranges": {"data": []},
     }
+
+
+@pytest.mark.parametrize(("version", "confined"), [(0, None), (2, None), (3, True), (7, True)])
+async def test_it_is_confined_where_the_kernel_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, confined: bool | None
+) -> None:
+    monkeypatch.setattr(driver, "landlock_version", lambda: version)
+    config = driver._configuration(SPEC, files(tmp_path), DISKS)
+    assert config.get("landlock_enable") == confined
 
 
 def test_links_in_the_place_of_state_are_not_followed(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ CONFIGURATIONS = [
     cloud.configuration(
         SPEC, arguments="quiet", disks=[("disk0.link", True), ("disk1.link", False)], initrd=True
     ),
-    cloud.configuration(SPEC, arguments="", disks=[], initrd=False, tap="tap7"),
+    cloud.configuration(SPEC, arguments="", disks=[], initrd=False, tap="tap7", confined=True),
     cloud.configuration(
         SPEC, arguments="", disks=[], initrd=False, tap="tap7", mac="02:00:00:00:00:01"
     ),

@@ -24,10 +24,12 @@ from stillframe.host.files import clone, create_sparse
 from stillframe.host.image import open_private
 from stillframe.host.memory import GuestMemory
 from stillframe.host.orphans import kill_orphans, processes_naming
+from stillframe.host.probes import landlock_version
 from stillframe.host.watch import file_changes
 from stillframe.model.errors import VmmFailure
 from stillframe.model.values import Hypervisor
 from stillframe.vmm.cloud_hypervisor.driver import CloudHypervisorDriver
+from stillframe.vmm.cloud_hypervisor.machine import CloudHypervisorMachine
 from stillframe.vmm.driver import (
     Disk,
     Driver,
@@ -37,6 +39,7 @@ from stillframe.vmm.driver import (
     MachineStatus,
 )
 from stillframe.vmm.firecracker.driver import FirecrackerDriver
+from stillframe.vmm.unix_http import Call
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
 SOURCE = Path(__file__).resolve().parents[1] / "guest" / "tiny.S"
@@ -274,6 +277,28 @@ async def test_cloud_hypervisor_writes_no_memory_and_empties_no_log(
     assert source.console_log.read_bytes().startswith(said)
     with pytest.raises(VmmFailure, match="of another VM"):
         await driver.start(replace(SPEC, vcpus=2), here)
+
+
+async def test_cloud_hypervisor_opens_nothing_but_its_own(
+    driver: Driver, tiny: Path, tmp_path: Path
+) -> None:
+    if driver.hypervisor is not Hypervisor.CLOUD_HYPERVISOR:
+        pytest.skip("another VMM")
+    if landlock_version() < 3:
+        pytest.skip("this kernel has no Landlock")
+    source = resources_of(tmp_path / "source", tiny)
+    create_sparse(source.directory / "own", 1 << 20)
+    create_sparse(tmp_path / "foreign", 1 << 20)
+    async with running(driver, source) as machine:
+        assert isinstance(machine, CloudHypervisorMachine)
+        for path, refused in (("own", False), (str(tmp_path / "foreign"), True)):
+            body = {"path": path, "image_type": "Raw"}
+            adding = machine.call(Call("PUT", "/api/v1/vm.add-disk", body))
+            if refused:
+                with pytest.raises(VmmFailure, match="Permission denied"):
+                    await adding
+            else:
+                await adding
 
 
 def written_by(machine: Machine) -> int:

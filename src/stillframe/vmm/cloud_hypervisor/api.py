@@ -10,7 +10,7 @@ the next snapshot, cloud-hypervisor issue 8525), cannot be expressed here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from stillframe.vmm.driver import MachineSpec
@@ -30,11 +30,13 @@ def configuration(
     initrd: bool,
     tap: str | None = None,
     mac: str | None = None,
+    confined: bool = False,
 ) -> dict[str, Any]:
     """A VM as ``VmConfig``, which is what it is booted with and what it is restored with.
 
     ``disks`` are paths, and whether each is read-only; ``tap`` is a network device of the host,
-    ``mac`` the guest's address on it (None has Cloud Hypervisor choose one).
+    ``mac`` the guest's address on it (None has Cloud Hypervisor choose one); ``confined`` has it
+    give up all other files, by Landlock.
     """
     payload = {"kernel": KERNEL, "cmdline": arguments}
     if initrd:
@@ -52,7 +54,16 @@ def configuration(
     }
     if tap is not None:
         config["net"] = [{"id": "net", "tap": tap, **({} if mac is None else {"mac": mac})}]
+    if confined:
+        config |= {"landlock_enable": True, "landlock_rules": list(_rules(tap))}
     return config
+
+
+def _rules(tap: str | None) -> Iterator[dict[str, str]]:
+    """What may be opened that the configuration does not name: the VM's directory, a tap's type."""
+    yield {"path": ".", "access": "rw"}
+    if tap is not None:
+        yield {"path": f"/sys/class/net/{tap}", "access": "r"}
 
 
 def _zone(spec: MachineSpec) -> dict[str, Any]:

@@ -4,6 +4,8 @@ Guest memory is a private mapping of the memory image from the first boot on, so
 read from outside, as with QEMU. Cloud Hypervisor would boot a guest that resets again by itself, on
 memory that is mapped anew behind our back; but the names of the files that takes are removed once
 it has opened them, so it ends instead, and the engine boots again, as with every hypervisor.
+
+Where the kernel has Landlock, it may open nothing but its VM's files from then on.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 from stillframe.host.capacity import processor
 from stillframe.host.files import remove_tree, storage_errors
+from stillframe.host.probes import landlock_version
 from stillframe.host.process import Process, adopt, run, spawn
 from stillframe.host.sockets import bind_unix
 from stillframe.model.errors import (
@@ -39,6 +42,7 @@ from stillframe.vmm.vsock import AGENT_ARGUMENT
 
 _FEATURES = ("fork", "pause", "snapshots", "standby")
 _VERSION = re.compile(rb"cloud-hypervisor v(\d+)\.(\d+)(?:\.(\d+))?")
+_LANDLOCK = 3  # Cloud Hypervisor refuses to start confined with an older one (vmm/src/landlock.rs)
 _NONE = Path("/dev/null")  # stands for an initrd that is not there
 
 
@@ -192,4 +196,5 @@ def _configuration(
         initrd=resources.initrd != _NONE,
         tap=resources.tap,
         mac=mac,
+        confined=landlock_version() >= _LANDLOCK,
     )
