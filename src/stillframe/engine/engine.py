@@ -124,8 +124,11 @@ class Engine(KeepingVerbs):
         self, *, state: InstanceState | None = None, tags: Mapping[str, str] | None = None
     ) -> list[Instance]:
         """All instances that match every given filter, oldest first."""
-        found = _tagged(self.context.records.instances.values(), tags)
-        return _by_age(i for i in found if state is None or i.state is state)
+        return _by_age(
+            i
+            for i in self.context.records.instances.values()
+            if state in (None, i.state) and _bears(i, tags)
+        )
 
     async def create(self, request: CreateRequest) -> Instance:
         """Boot a new instance; returns while it is still Initializing."""
@@ -243,10 +246,11 @@ class Engine(KeepingVerbs):
         """All snapshots that match every given filter, oldest first."""
         return _by_age(
             s
-            for s in _tagged(self.context.records.snapshots.values(), tags)
+            for s in self.context.records.snapshots.values()
             if source_instance_id in (None, s.source_instance_id)
             and kind in (None, s.kind)
             and name in (None, s.name)
+            and _bears(s, tags)
         )
 
     async def snapshot(
@@ -360,9 +364,8 @@ class Engine(KeepingVerbs):
         return sorted(probes, key=lambda probe: probe.hypervisor.value)
 
 
-def _tagged(values: Iterable[Kept], tags: Mapping[str, str] | None) -> list[Kept]:
-    wanted = (tags or {}).items()
-    return [value for value in values if wanted <= dict(value.tags).items()]
+def _bears(value: Instance | Snapshot, tags: Mapping[str, str] | None) -> bool:
+    return not tags or tags.items() <= value.tags.items()
 
 
 def _by_age(values: Iterable[Kept]) -> list[Kept]:

@@ -369,6 +369,13 @@ class ImageLibrary:
         self._records.put(image)
         return image
 
+    def disown(self, digest: str) -> None:
+        """Take back what ``adopt`` did, or began, when nobody can have used it. Raises OSError."""
+        for image in self._records.list():
+            if image.digest == digest:
+                self._records.delete(image.name)
+        remove_tree(self._home(digest))
+
     # -- ending -----------------------------------------------------------------------------------
     def delete(self, reference: str) -> None:
         """Forget a name, end its pull, and remove its disk when no other name has it.
