@@ -335,14 +335,18 @@ class Records:
         self.schedules.pop(instance_id, None)
 
     # -- images -------------------------------------------------------------------------------
-    def put(self, image: Image) -> None:
-        """Write an image under its name."""
+    def put(self, image: Image, *, fulfils: str | None = None) -> None:
+        """Write an image under its name, removing the intent of subject ``fulfils`` with it."""
         with self.transaction() as sql:
             sql.execute(
                 "INSERT OR REPLACE INTO images (name, digest, document) VALUES (?, ?, ?)",
                 (image.name, image.digest, to_json(image)),
             )
+            if fulfils is not None:
+                sql.execute("DELETE FROM intents WHERE subject = ?", (fulfils,))
         self._images[image.name] = image
+        if fulfils is not None:
+            self.intents.pop(fulfils, None)
 
     def get(self, name: str) -> Image | None:
         """The image of that name."""
@@ -352,13 +356,24 @@ class Records:
         """All images, oldest first."""
         return sorted(self._images.values(), key=lambda image: image.created_at)
 
-    def delete(self, name: str) -> None:
-        """Forget an image name. Raises NotFound."""
+    def delete(self, name: str, intent: Intent | None = None, *, can_wait: bool = False) -> None:
+        """Forget an image name; with ``intent`` in the same transaction. Raises NotFound.
+
+        With ``can_wait`` it is forgotten durably later if it cannot be now.
+        """
         if name not in self._images:
             raise NotFound(f"no image {name!r}")
-        with self.transaction() as sql:
-            sql.execute("DELETE FROM images WHERE name = ?", (name,))
+        forget: Statement = ("DELETE FROM images WHERE name = ?", (name,))
+        if can_wait:
+            self._now_or_later(forget)
+        else:
+            with self.transaction() as sql:
+                sql.execute(*forget)
+                if intent is not None:
+                    self._insert_intent(sql, intent)
         del self._images[name]
+        if intent is not None:
+            self.intents[intent.subject] = intent
 
     # -- intents ------------------------------------------------------------------------------
     def intend(self, intent: Intent) -> None:

@@ -290,18 +290,19 @@ def _publish(building: Payload, final: Payload) -> PayloadSize:
 
 def _commit(context: Context, taken: Snapshot, image: Path | None) -> None:
     """Add the image if it is needed, then the record. Nothing else happens in between."""
-    digest, added = taken.template.image_digest, None
+    digest, added = taken.template.image_digest, False
     check_space(context, 0, written_bytes=taken.stored_bytes)
     if not _has_image(context, digest):
         if image is None:
             raise _image_missing(taken)  # deleted meanwhile
         context.records.amend(taken.id, {"image": digest})  # a crash takes it back with the rest
-        added = context.images.adopt(image, digest)
+        context.images.adopt(image, digest)
+        added = True
     try:
         context.records.put_snapshot(taken)
     except BaseException as error:
-        if added is not None:
-            context.images.delete(added.name)
+        if added:
+            context.images.disown(digest)
         if isinstance(error, NameConflict):
             raise _name_taken(taken) from error
         raise

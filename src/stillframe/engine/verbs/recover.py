@@ -95,12 +95,19 @@ def _undo_files(context: Context, intent: Intent) -> None:
 
 
 def _undo_image(context: Context, intent: Intent) -> None:
-    """Take back an image that came along with a snapshot, unless somebody has come to use it."""
+    """Remove an image that was being made or deleted, or came along with a snapshot.
+
+    It stays if somebody has come to use it.
+    """
     digest, records = intent.facts.get("image"), context.records
     templates = [snapshot.template for snapshot in records.snapshots.values()]
     used = any(i.image_digest == digest for i in [*records.instances.values(), *templates])
-    if digest is not None and not used and not records.damaged:
+    if digest is None or used or records.damaged:
+        return
+    if intent.verb == "import snapshot":
         context.images.disown(digest)
+    else:
+        context.images.remove_unnamed(digest)
 
 
 def _undo_records(context: Context, intent: Intent) -> None:
