@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from dataclasses import replace
 
@@ -32,6 +33,8 @@ from stillframe.model.values import Hypervisor, Instance, Snapshot
 from stillframe.store.paths import InstancePaths, Payload
 from stillframe.store.payloads import check, memory_file, share_memory, without_file
 from stillframe.store.records import Intent
+
+log = logging.getLogger("stillframe.restore")
 
 
 async def restore_snapshot(
@@ -115,6 +118,8 @@ async def _swap(
         put_back(current, staged)
         context.records.fulfil(instance.id)
 
+    with storage_errors("begin the restore"):
+        current.restored.unlink(missing_ok=True)  # an earlier restore's, or it would mislead
     async with contextlib.AsyncExitStack() as undo:
         context.records.intend(Intent(instance.id, "restore snapshot", {}))
         undo.callback(take_back)
@@ -126,7 +131,10 @@ async def _swap(
         undo.push_async_callback(end, context, instance.id)
         result = await _run(context, restored, payload, target, phases)
         undo.pop_all()
-    await asyncio.to_thread(give_up, current, staged)
+    try:
+        await asyncio.to_thread(give_up, current, staged)
+    except OSError as error:  # it is restored all the same; the next start removes the rest
+        log.warning("what %s was before cannot be removed: %s", instance.name, error)
     context.expanded.sweep()
     return result
 
@@ -167,8 +175,13 @@ def put_back(current: InstancePaths, staged: InstancePaths) -> None:
 
 
 def give_up(current: InstancePaths, staged: InstancePaths) -> None:
-    """Remove the old state, once the record tells of the restored one. Raises OSError."""
+    """Remove the old state, once the record tells of the restored one. Raises OSError.
+
+    What cannot be removed is tried once more.
+    """
     remove_tree(staged.directory)
+    with contextlib.suppress(OSError):
+        current.restored.unlink(missing_ok=True)
     current.restored.unlink(missing_ok=True)
 
 
