@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 from hypeman import APIStatusError, Hypeman
 
+from stillframe.model.values import CONTRACT_HYPERVISORS
 from support.server import run_in, wait_running
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
@@ -79,7 +80,7 @@ def test_memory_does_not_cross_hypervisors(client: Hypeman, running: str, name: 
 def test_every_hypervisor_of_the_contract_is_told_with_what_it_can_do(client: Hypeman) -> None:
     told = client.get("/capabilities", cast_to=cast(Any, object))
     runtimes = {runtime["name"]: runtime for runtime in cast(Any, told)["runtimes"]}
-    assert runtimes.keys() >= {"qemu", "qemu-microvm", "firecracker", "cloud-hypervisor"}
+    assert runtimes.keys() == set(CONTRACT_HYPERVISORS)
     for name, runtime in runtimes.items():
         if runtime["available"]:
             assert runtime["version"], name
@@ -87,3 +88,4 @@ def test_every_hypervisor_of_the_contract_is_told_with_what_it_can_do(client: Hy
             assert "fork" in runtime["features"], name
         else:
             assert runtime["reason"], name
+            assert runtime["hint"], name

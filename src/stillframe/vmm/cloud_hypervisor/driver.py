@@ -92,7 +92,10 @@ class CloudHypervisorDriver:
         if self._accelerator == "auto":
             reason = await asyncio.to_thread(kvm_reason, self._qemu)
             if reason is not None:
-                raise MissingComponent(f"Cloud Hypervisor needs KVM: {reason}")
+                raise MissingComponent(
+                    f"Cloud Hypervisor needs KVM: {reason}",
+                    hint="use qemu or qemu-microvm, which run without KVM",
+                )
         return version
 
     async def start(self, spec: MachineSpec, resources: MachineResources) -> CloudHypervisorMachine:
