@@ -66,6 +66,17 @@ def test_a_stopped_snapshot_crosses_hypervisors_and_comes_back(
     assert run_in(client, back.id, "sh", "-c", "ls /sys/bus/pci/devices | wc -l").strip() != "0"
     assert run_in(client, back.id, "hostname").strip() == f"{name}-back"
 
+    # In place too: the instance itself goes to the other hypervisor, with the disk it had.
+    client.instances.snapshots.restore(
+        first.id, id=running, target_state="Running",
+        target_hypervisor=cast(Any, "qemu-microvm"),
+    )  # fmt: skip
+    wait_running(client, running)
+    assert str(client.instances.get(running).hypervisor) == "qemu-microvm"
+    assert run_in(client, running, "cat", "/root/one").strip() == "one"
+    where = run_in(client, running, "readlink", "-f", "/sys/block/vda")
+    assert "pci" not in where  # on a virtio-mmio transport
+
 
 def test_memory_does_not_cross_hypervisors(client: Hypeman, running: str, name: str) -> None:
     snapshot = client.instances.snapshots.create(running, kind="Standby")

@@ -17,7 +17,7 @@ from stillframe.engine.keeping.verify import refuse_damaged
 from stillframe.engine.loaded import run_loaded
 from stillframe.engine.machines import boot_and_commit, end
 from stillframe.engine.telemetry import Operation
-from stillframe.engine.verbs.fork import target_hypervisor_of, target_of
+from stillframe.engine.verbs.fork import target_hypervisor_of, target_of, template_under
 from stillframe.host.files import (
     clone,
     exchange,
@@ -61,7 +61,8 @@ async def restore_snapshot(
         refuse_damaged(snapshot)
         payload = context.data.snapshot(snapshot_id)
         await asyncio.to_thread(check, payload)
-        restored = _restored(context, instance, snapshot, hypervisor)
+        template = await template_under(context, snapshot, hypervisor)
+        restored = _restored(instance, snapshot, template)
         await context.compressor.cancel(instance_id)
         with contextlib.ExitStack() as undo:
             undo.callback(context.compressor.want_standby, instance)
@@ -80,18 +81,15 @@ def check_own(snapshot: Snapshot, instance_id: str) -> None:
         )
 
 
-def _restored(
-    context: Context, instance: Instance, snapshot: Snapshot, hypervisor: Hypervisor
-) -> Instance:
+def _restored(instance: Instance, snapshot: Snapshot, template: Instance) -> Instance:
     """The snapshot's record under the instance's identity, its life cleared."""
     return replace(
-        snapshot.template,
+        template,
         id=instance.id,
         name=instance.name,
         created_at=instance.created_at,
         phase_since=instance.phase_since,
         phase_durations_ms=instance.phase_durations_ms,
-        hypervisor=hypervisor,
         process=None,
         started_at=None,
         stopped_at=None,
