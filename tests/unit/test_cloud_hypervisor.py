@@ -281,16 +281,23 @@ def test_links_in_the_place_of_state_are_not_followed(tmp_path: Path) -> None:
     assert not (tmp_path / "devices").exists()
 
 
+ENDED = b'{ "timestamp": {}, "source": "vmm", "event": "shutdown", "properties": null }\n\n'
+
+
 @pytest.mark.parametrize(
-    ("log", "console", "reason"),
+    ("log", "console", "events", "reason"),
     [
-        (b"Fatal error: VmmThread(VmReboot(MemoryManager(...", b"", "guest-reset"),
-        (b"", b'STILLFRAME-EXIT nonce=1 code=0 message="done"\n', "guest-shutdown"),
-        (b"thread 'vmm' panicked", b"", None),
+        (b"Fatal error: VmmThread(VmReboot(MemoryManager(...", b"", b"", "guest-reset"),
+        (b"Fatal error: VmmThread(VmReboot(MemoryManager(...", b"", ENDED, "guest-reset"),
+        (b"", b'STILLFRAME-EXIT nonce=1 code=0 message="done"\n', b"", "guest-shutdown"),
+        (b"", b"", ENDED, "guest-shutdown"),
+        (b"thread 'vmm' panicked", b"", ENDED.replace(b'"vmm"', b'"vm"'), None),
     ],
 )
-def test_it_is_told_why_a_guest_ended(log: bytes, console: bytes, reason: str | None) -> None:
-    assert end_of_guest(log, console) == reason
+def test_it_is_told_why_a_guest_ended(
+    log: bytes, console: bytes, events: bytes, reason: str | None
+) -> None:
+    assert end_of_guest(log, console, events) == reason
 
 
 async def test_a_network_without_a_host_device_is_refused(
