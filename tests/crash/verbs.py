@@ -421,7 +421,10 @@ def _has_run(stage: Stage) -> bool:
         last = schedule.get("last_snapshot_id")
         if schedule.get("last_error") is None and found == [last]:
             return bool(last != stage.facts["first"])
-        if schedule.get("last_error") and "interrupted" not in schedule["last_error"]:
+        error = schedule.get("last_error") or ""
+        if error.startswith("retention: "):
+            return bool(last != stage.facts["first"])  # taken; the next run deletes, and it says so
+        if error and "interrupted" not in error:
             return False  # it failed, and says so
         if time.monotonic() > deadline:
             raise Violation(f"the schedule does not settle: {schedule}, snapshots {found}")

@@ -123,7 +123,10 @@ def test_a_restore_of_cloud_hypervisor_never_maps_memory_shared_nor_on_demand() 
     ("hypervisor", "version", "word"),
     [
         (Hypervisor.QEMU, (6, 1, 9), "6.2"),
-        (Hypervisor.FIRECRACKER, (1, 11, 0), "1.12"),
+        (Hypervisor.FIRECRACKER, (1, 11, 9), "network device"),
+        (Hypervisor.FIRECRACKER, (1, 13, 0), "CVE-2026-5747"),
+        (Hypervisor.FIRECRACKER, (1, 14, 3), "CVE-2026-5747"),
+        (Hypervisor.FIRECRACKER, (1, 15, 0), "CVE-2026-5747"),
         (Hypervisor.CLOUD_HYPERVISOR, (50, 0), "CVE-2026-27211"),
         (Hypervisor.CLOUD_HYPERVISOR, (51, 1), "CVE-2026-45782"),
     ],
@@ -136,6 +139,15 @@ def test_versions_known_to_be_bad_are_refused(
     assert word in f"{refused.value.message} {refused.value.hint}"
 
 
-def test_newer_versions_are_taken() -> None:
+def test_the_version_that_is_recommended_is_taken() -> None:
     for hypervisor, entries in KNOWN_BAD.items():
-        refuse_known_bad(hypervisor, max(bad.before for bad in entries))
+        newest = max(bad.before for bad in entries)
+        with pytest.raises(MissingComponent) as refused:
+            refuse_known_bad(hypervisor, (0, 1))
+        assert refused.value.hint == f"install {'.'.join(map(str, newest))} or newer"
+        refuse_known_bad(hypervisor, newest)
+
+
+@pytest.mark.parametrize("version", [(1, 12, 0), (1, 12, 1), (1, 14, 4), (1, 15, 1), (1, 16, 1)])
+def test_a_hole_that_is_closed_in_two_series_bars_neither(version: tuple[int, ...]) -> None:
+    refuse_known_bad(Hypervisor.FIRECRACKER, version)

@@ -52,7 +52,11 @@ def link_in_place(source: Path, destination: Path) -> None:
     replacement = destination.with_name(f"{destination.name}.new")
     replacement.unlink(missing_ok=True)
     replacement.hardlink_to(source)
-    replacement.replace(destination)
+    try:
+        replacement.replace(destination)
+    except BaseException:
+        replacement.unlink(missing_ok=True)
+        raise
 
 
 @dataclass(slots=True, eq=False)
