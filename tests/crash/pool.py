@@ -85,7 +85,7 @@ def _work(orders: Pipe) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that all is cleaned up
     verbs = {verb.name: verb for verb in VERBS}
     with open_bench() as bench:
-        while (task := orders.recv()) is not None:
+        while isinstance(task := orders.recv(), Task):
             began = time.monotonic()
             tally = try_verb(
                 bench, verbs[task.verb], task.fault,
