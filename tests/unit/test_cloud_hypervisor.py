@@ -23,7 +23,7 @@ from stillframe.vmm.driver import MachineResources, MachineStatus
 from support.conversations import Exchange, Player, recorded
 from support.record_firecracker import SPEC, files
 
-RECORDED = "cloud-hypervisor-53.0"
+RECORDED = ["cloud-hypervisor-51.2.0", "cloud-hypervisor-53.0"]  # the oldest, and the pinned one
 RANGES = {"memory_ranges": {"data": [{"gpa": 0, "length": 4096}]}}
 DISKS = ["disk0.link", "disk1.link"]
 # What a Cloud Hypervisor writes of the VM of ``files``: more than it was told, with absolute names.
@@ -84,16 +84,22 @@ def landlock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "landlock_version", lambda: 7)
 
 
-async def test_a_boot_asks_what_cloud_hypervisor_was_asked(tmp_path: Path) -> None:
+@pytest.fixture(params=RECORDED)
+def version(request: pytest.FixtureRequest) -> str:
+    """A Cloud Hypervisor whose conversations were recorded."""
+    return str(request.param)
+
+
+async def test_a_boot_asks_what_cloud_hypervisor_was_asked(tmp_path: Path, version: str) -> None:
     cold = files(tmp_path)
-    conversation = recorded(RECORDED, "boot")
+    conversation = recorded(version, "boot")
     async with conversing(tmp_path, conversation, resources=cold) as (one, player):
         await driver.configure(one, SPEC, cold, DISKS)
     assert player.left == []
 
 
-async def test_a_snapshot_has_devices_and_no_memory(tmp_path: Path) -> None:
-    conversation = recorded(RECORDED, "capture")
+async def test_a_snapshot_has_devices_and_no_memory(tmp_path: Path, version: str) -> None:
+    conversation = recorded(version, "capture")
     assert [exchange["answer"]["status"] for exchange in conversation] == [200, 204, 500, 204]
     async with conversing(tmp_path, conversation, writing(tmp_path)) as (one, player):
         assert not one.writes_memory
@@ -107,15 +113,19 @@ async def test_a_snapshot_has_devices_and_no_memory(tmp_path: Path) -> None:
     assert not (tmp_path / "saving.new").exists()
 
 
-async def test_a_version_that_writes_no_memory_by_itself_would_do_too(tmp_path: Path) -> None:
-    conversation = recorded(RECORDED, "capture")[2:3]
+async def test_a_version_that_writes_no_memory_by_itself_would_do_too(
+    tmp_path: Path, version: str
+) -> None:
+    conversation = recorded(version, "capture")[2:3]
     conversation[0]["answer"] = {"status": 204, "body": None}
     async with conversing(tmp_path, conversation, writing(tmp_path)) as (one, _):
         await one.save_devices(tmp_path / "devices")
     assert SavedState(tmp_path / "devices").mac is None
 
 
-async def test_a_restore_is_given_a_configuration_of_our_making(tmp_path: Path) -> None:
+async def test_a_restore_is_given_a_configuration_of_our_making(
+    tmp_path: Path, version: str
+) -> None:
     found: dict[str, Any] = {}
 
     def before(request: dict[str, Any]) -> None:
@@ -124,18 +134,18 @@ async def test_a_restore_is_given_a_configuration_of_our_making(tmp_path: Path) 
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
 
     warm = replace(files(tmp_path), device_state=saved(tmp_path))
-    conversation = recorded(RECORDED, "restore")
+    conversation = recorded(version, "restore")
     async with conversing(tmp_path, conversation, before, warm) as (one, player):
         await driver.configure(one, SPEC, warm, DISKS)
     assert player.left == []
     assert found.keys() == {"config.json", "state.json"}
     assert found["state.json"] == {"snapshots": {"of": "devices"}}
-    assert found["config.json"] == recorded(RECORDED, "boot")[0]["request"]["body"]
+    assert found["config.json"] == recorded(version, "boot")[0]["request"]["body"]
     assert not (tmp_path / "loading.new").exists()
 
 
-async def test_a_restored_vm_is_captured_in_the_same_way(tmp_path: Path) -> None:
-    conversation = recorded(RECORDED, "capture restored")
+async def test_a_restored_vm_is_captured_in_the_same_way(tmp_path: Path, version: str) -> None:
+    conversation = recorded(version, "capture restored")
     async with conversing(tmp_path, conversation, writing(tmp_path)) as (one, player):
         assert await one.status() is MachineStatus.PAUSED
         await one.resume()
@@ -144,9 +154,9 @@ async def test_a_restored_vm_is_captured_in_the_same_way(tmp_path: Path) -> None
     assert player.left == []
 
 
-async def test_refusals_are_in_its_words(tmp_path: Path) -> None:
-    async with conversing(tmp_path, recorded(RECORDED, "refusals")) as (one, player):
-        with pytest.raises(VmmFailure, match="VM is already"):
+async def test_refusals_are_in_its_words(tmp_path: Path, version: str) -> None:
+    async with conversing(tmp_path, recorded(version, "refusals")) as (one, player):
+        with pytest.raises(VmmFailure, match=r"VM is already|Running to Running"):
             await one.call(api.boot())
         with pytest.raises(VmmFailure, match="could not be snapshotted"):
             await one.save_devices(tmp_path / "devices")
@@ -161,9 +171,9 @@ async def test_refusals_are_in_its_words(tmp_path: Path) -> None:
     ids=["cut off", "cut off unnoticed", "no word of memory"],
 )
 async def test_state_that_is_not_understood_is_not_kept(
-    tmp_path: Path, state: str, status: int, failure: type[Exception]
+    tmp_path: Path, version: str, state: str, status: int, failure: type[Exception]
 ) -> None:
-    conversation = recorded(RECORDED, "capture")[2:3]
+    conversation = recorded(version, "capture")[2:3]
     conversation[0]["answer"]["status"] = status
     async with conversing(tmp_path, conversation, writing(tmp_path, state)) as (one, _):
         with pytest.raises(failure):
@@ -281,16 +291,23 @@ def test_links_in_the_place_of_state_are_not_followed(tmp_path: Path) -> None:
     assert not (tmp_path / "devices").exists()
 
 
+ENDED = b'{ "timestamp": {}, "source": "vmm", "event": "shutdown", "properties": null }\n\n'
+
+
 @pytest.mark.parametrize(
-    ("log", "console", "reason"),
+    ("log", "console", "events", "reason"),
     [
-        (b"Fatal error: VmmThread(VmReboot(MemoryManager(...", b"", "guest-reset"),
-        (b"", b'STILLFRAME-EXIT nonce=1 code=0 message="done"\n', "guest-shutdown"),
-        (b"thread 'vmm' panicked", b"", None),
+        (b"Fatal error: VmmThread(VmReboot(MemoryManager(...", b"", b"", "guest-reset"),
+        (b"Fatal error: VmmThread(VmReboot(MemoryManager(...", b"", ENDED, "guest-reset"),
+        (b"", b'STILLFRAME-EXIT nonce=1 code=0 message="done"\n', b"", "guest-shutdown"),
+        (b"", b"", ENDED, "guest-shutdown"),
+        (b"thread 'vmm' panicked", b"", ENDED.replace(b'"vmm"', b'"vm"'), None),
     ],
 )
-def test_it_is_told_why_a_guest_ended(log: bytes, console: bytes, reason: str | None) -> None:
-    assert end_of_guest(log, console) == reason
+def test_it_is_told_why_a_guest_ended(
+    log: bytes, console: bytes, events: bytes, reason: str | None
+) -> None:
+    assert end_of_guest(log, console, events) == reason
 
 
 async def test_a_network_without_a_host_device_is_refused(

@@ -204,6 +204,7 @@ async def test_a_vmm_outlives_us_and_is_adopted(driver: Driver, tiny: Path, tmp_
     async with running(driver, source) as machine:
         _, seen = await counted(source)
         await machine.close()
+        assert processes_naming(source.directory) == [machine.process.pid]
         adopted = await driver.adopt(machine.process, source)
         try:
             assert adopted.writes_memory == machine.writes_memory
@@ -417,6 +418,25 @@ _start:
 1:  jmp 1b
     .section .note.GNU-stack, "", @progbits
 """
+
+
+POWERS_OFF = RESETS.replace("movb $0xfe, %al", "movw $0x600, %dx; movb $0x34, %al").replace(
+    "outb %al, $0x64", "outb %al, %dx"
+)
+
+
+async def test_cloud_hypervisor_tells_that_its_guest_powered_off(
+    driver: Driver, tmp_path: Path
+) -> None:
+    if driver.hypervisor is not Hypervisor.CLOUD_HYPERVISOR:
+        pytest.skip("another VMM")
+    (tmp_path / "off.S").write_text(POWERS_OFF)  # by ACPI's sleep control register
+    kernel = assembled(tmp_path / "off.S", tmp_path / "off")
+    source = resources_of(tmp_path / "of a, b", kernel)
+    async with running(driver, source) as machine:
+        await asyncio.wait_for(machine.wait_exit(), DEADLINE)
+        assert machine.shutdown_reason == "guest-shutdown"
+    assert "rror" not in source.vmm_log.read_text()
 
 
 async def test_a_guest_that_resets_ends_its_vmm(driver: Driver, tmp_path: Path) -> None:

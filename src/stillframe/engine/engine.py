@@ -41,6 +41,7 @@ from stillframe.images.library import ImageLibrary
 from stillframe.model.errors import Ambiguous, Conflict, NotFound
 from stillframe.model.states import InstanceState
 from stillframe.model.values import (
+    CONTRACT_HYPERVISORS,
     CompressionConfig,
     Hypervisor,
     Image,
@@ -51,7 +52,7 @@ from stillframe.model.values import (
 )
 from stillframe.store.paths import DataDirectory
 from stillframe.store.records import Records
-from stillframe.vmm.driver import Driver, DriverProbe
+from stillframe.vmm.driver import Driver, DriverProbe, without_driver
 
 Kept = TypeVar("Kept", Instance, Snapshot, Image)
 
@@ -359,8 +360,10 @@ class Engine(KeepingVerbs):
         return self.context.telemetry.render()
 
     async def probe_drivers(self) -> list[DriverProbe]:
-        """What each hypervisor offers here, by name."""
-        probes = await asyncio.gather(*(d.probe() for d in self.context.drivers.values()))
+        """What each hypervisor of the contract offers here, or why it does not, by name."""
+        drivers = self.context.drivers
+        probes = await asyncio.gather(*(driver.probe() for driver in drivers.values()))
+        probes += [without_driver(name) for name in CONTRACT_HYPERVISORS if name not in drivers]
         return sorted(probes, key=lambda probe: probe.hypervisor.value)
 
 

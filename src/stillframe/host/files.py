@@ -10,10 +10,12 @@ import os
 import shutil
 import stat
 import struct
+import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 
+from stillframe.host.darwin.files import clone_file
 from stillframe.model.errors import HostFailure, StorageFull
 
 FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
@@ -74,6 +76,9 @@ def begin_clone(source: Path, destination: Path) -> bool:
 
     Else it is a hole of the source's size, to be filled with ``copy_into``. Raises OSError.
     """
+    if sys.platform == "darwin" and clone_file(source, destination):  # keeps the source's mode
+        destination.chmod(0o600)
+        return True
     in_fd = open_regular(source)
     try:
         with new_file(destination) as fd:
@@ -107,7 +112,12 @@ def clone_into(source: Path, fd: int) -> CloneKind:
 
 
 def _shares(in_fd: int, out_fd: int) -> bool:
-    """Share all blocks of one open file with another, if the file system can. Raises OSError."""
+    """Share all blocks of one open file with another, if the file system can. Raises OSError.
+
+    macOS shares by name only (``begin_clone``).
+    """
+    if sys.platform == "darwin":
+        return False
     try:
         fcntl.ioctl(out_fd, FICLONE, in_fd)
     except OSError as error:
@@ -229,6 +239,8 @@ def supports_reflink(directory: Path) -> bool:
     source, target = directory / ".reflink-probe", directory / ".reflink-probe-clone"
     try:
         source.write_bytes(b"\0" * 4096)
+        if sys.platform == "darwin":
+            return clone_file(source, target)
         with source.open("rb") as a, target.open("wb") as b:
             fcntl.ioctl(b, FICLONE, a.fileno())
         return True

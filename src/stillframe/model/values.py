@@ -24,6 +24,9 @@ class Hypervisor(StrEnum):
     FAKE = "fake"
 
 
+CONTRACT_HYPERVISORS = tuple(one for one in Hypervisor if one is not Hypervisor.FAKE)
+
+
 class SnapshotKind(StrEnum):
     """``Standby`` holds memory, devices and disks; ``Stopped`` holds disks."""
 

@@ -38,6 +38,16 @@ class DriverProbe:
     hint: str | None = None
 
 
+def without_driver(hypervisor: Hypervisor) -> DriverProbe:
+    """What is found of a hypervisor of the contract for which there is no driver."""
+    return DriverProbe(
+        hypervisor,
+        False,
+        reason=f"this version of Stillframe has no driver for {hypervisor.value}",
+        hint="use another hypervisor",
+    )
+
+
 # The devices that a VM booted now gets. Memory loads only into the layout it was captured with, so
 # an older one stays known: 1 had transitional virtio devices and SATA (QEMU).
 DEVICE_LAYOUT = 2

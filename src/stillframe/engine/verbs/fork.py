@@ -86,6 +86,23 @@ async def target_hypervisor_of(
     return wanted
 
 
+async def template_under(context: Context, snapshot: Snapshot, hypervisor: Hypervisor) -> Instance:
+    """The snapshot's record under a hypervisor, with what that one is like if it is another.
+
+    Raises NotSupported.
+    """
+    if hypervisor is snapshot.template.hypervisor:
+        return snapshot.template
+    _, probe = await context.available_driver(hypervisor)
+    return replace(
+        snapshot.template,
+        hypervisor=hypervisor,
+        hypervisor_version=probe.version,
+        accelerator=probe.accelerator,
+        processor=probe.processor,
+    )
+
+
 async def fork_snapshot(context: Context, snapshot_id: str, request: ForkRequest) -> Instance:
     """A new instance from a snapshot, in the target state on return.
 
@@ -150,9 +167,8 @@ async def _fork_one(
         return await context.warm.claim(warm, request, tags, phases)
     payload = context.data.snapshot(snapshot.id)
     memory = payload if snapshot.kind is SnapshotKind.STANDBY else None
-    source = Source(
-        replace(snapshot.template, hypervisor=hypervisor), payload.overlay, memory, snapshot.id
-    )
+    template = await template_under(context, snapshot, hypervisor)
+    source = Source(template, payload.overlay, memory, snapshot.id)
     with phases.measure("check"):
         await asyncio.shield(checked)  # it is the siblings' too
     child = child_of(context, source, request, tags)

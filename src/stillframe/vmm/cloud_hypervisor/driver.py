@@ -32,7 +32,13 @@ from stillframe.model.errors import (
 )
 from stillframe.model.values import Hypervisor, ProcessIdentity
 from stillframe.vmm.cloud_hypervisor import api
-from stillframe.vmm.cloud_hypervisor.machine import API, LOADING, CloudHypervisorMachine, clear
+from stillframe.vmm.cloud_hypervisor.machine import (
+    API,
+    EVENTS,
+    LOADING,
+    CloudHypervisorMachine,
+    clear,
+)
 from stillframe.vmm.cloud_hypervisor.state import SavedState
 from stillframe.vmm.driver import DriverProbe, MachineResources, MachineSpec, check_shape
 from stillframe.vmm.kvm import kvm_reason
@@ -92,7 +98,10 @@ class CloudHypervisorDriver:
         if self._accelerator == "auto":
             reason = await asyncio.to_thread(kvm_reason, self._qemu)
             if reason is not None:
-                raise MissingComponent(f"Cloud Hypervisor needs KVM: {reason}")
+                raise MissingComponent(
+                    f"Cloud Hypervisor needs KVM: {reason}",
+                    hint="use qemu or qemu-microvm, which run without KVM",
+                )
         return version
 
     async def start(self, spec: MachineSpec, resources: MachineResources) -> CloudHypervisorMachine:
@@ -127,19 +136,27 @@ class CloudHypervisorDriver:
         return machine
 
     def _spawn(self, resources: MachineResources) -> Process:
-        """Bind first, pass the descriptor: nobody waits for a socket to appear."""
+        """Bind first, pass the descriptor: nobody waits for a socket to appear.
+
+        The absolute name of a file on the command line is how a VMM is found that nobody has a
+        record of (``host/orphans.py``).
+        """
+        events = f'path="{resources.directory / EVENTS}"'
         try:
             listener = bind_unix(resources.directory / API)
         except OSError as error:
             raise HostFailure(f"the VM's socket cannot be made: {error.strerror}") from error
         with listener:
             return spawn(
-                [self._binary, "--api-socket", f"fd={listener.fileno()}"],
+                [
+                    self._binary, "--api-socket", f"fd={listener.fileno()}",
+                    "--event-monitor", events,
+                ],
                 output=resources.vmm_log,
                 standard_output=resources.console_log,
                 pass_fds=[listener.fileno()],
                 cwd=resources.directory,
-            )
+            )  # fmt: skip
 
     async def adopt(
         self, process: ProcessIdentity, resources: MachineResources

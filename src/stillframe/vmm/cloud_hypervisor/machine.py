@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from stillframe.vmm.unix_http import Call, UnixHttp
 from stillframe.vmm.vsock import AGENT_VSOCK_PORT, dial_vsock
 
 API = "api.sock"
+EVENTS = "events.new"  # what Cloud Hypervisor tells of itself
 SAVING, LOADING = "saving.new", "loading.new"
 _AGENT_DEADLINE = 120.0  # seconds for a guest to boot as far as its agent
 _STATUS = {
@@ -27,7 +29,8 @@ _STATUS = {
     "Shutdown": MachineStatus.SHUTDOWN,
 }
 _EXIT_MARK = b"STILLFRAME-EXIT nonce="  # the agent's last word before it halts the guest
-_REBOOT_MARK = b"VmReboot"  # Cloud Hypervisor's, when it cannot boot again
+_REBOOT_MARK = b"VmReboot"  # Cloud Hypervisor's last word, when it cannot boot again
+_SHUTDOWN_MARK = re.compile(rb'"source": *"vmm",\s*"event": *"shutdown"')
 _TAIL = 65536  # bytes of a log that are read
 
 
@@ -117,6 +120,7 @@ class CloudHypervisorMachine:
         self.shutdown_reason = self.shutdown_reason or end_of_guest(
             _end_of(self._vmm_log, self._logged_before),
             _end_of(self._console_log, self._printed_before),
+            _end_of(self._directory / EVENTS, 0),
         )
 
     async def close(self) -> None:
@@ -125,14 +129,16 @@ class CloudHypervisorMachine:
         self._process.close()
 
 
-def end_of_guest(log: bytes, console: bytes) -> str | None:
+def end_of_guest(log: bytes, console: bytes, events: bytes) -> str | None:
     """Why the guest ended, by what Cloud Hypervisor and the guest wrote; None if that is unknown.
 
-    It has nothing to boot a second time (``driver.py``), and says so when its guest resets.
+    After a reset it has nothing to boot a second time (``driver.py``), and says so. An orderly end
+    that is no reset is the guest's: we ask for none.
     """
     if _REBOOT_MARK in log:
         return "guest-reset"
-    return "guest-shutdown" if _EXIT_MARK in console else None
+    orderly = _SHUTDOWN_MARK.search(events) is not None
+    return "guest-shutdown" if orderly or _EXIT_MARK in console else None
 
 
 def clear(directory: Path) -> None:
@@ -140,6 +146,8 @@ def clear(directory: Path) -> None:
     remove_names(directory)
     for name in (SAVING, LOADING):
         remove_tree(directory / name)
+    with contextlib.suppress(OSError):
+        (directory / EVENTS).unlink(missing_ok=True)
 
 
 def _size(log: Path) -> int:

@@ -102,7 +102,10 @@ class FirecrackerDriver:
         if self._accelerator == "auto":
             refusal = await kvm_refusal(found)
             if refusal is not None:
-                raise MissingComponent(f"Firecracker needs KVM: {refusal}")
+                raise MissingComponent(
+                    f"Firecracker needs KVM: {refusal}",
+                    hint="use qemu or qemu-microvm, which run without KVM",
+                )
         return version
 
     async def start(self, spec: MachineSpec, resources: MachineResources) -> FirecrackerMachine:
