@@ -10,14 +10,17 @@ import os
 import shutil
 import stat
 import struct
+import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 
+from stillframe.host.darwin.files import clone_file
 from stillframe.model.errors import HostFailure, StorageFull
 
 FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 # linux/fs.h: struct fsxattr (flags, extsize, nextents, projid, cowextsize, padding).
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _FSGETXATTR, _FSSETXATTR, _XFLAG_COWEXTSIZE = 0x801C581F, 0x401C5820, 0x10000
 _FSXATTR = struct.Struct("=5L8x")
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2  # linux/falloc.h
@@ -73,6 +76,9 @@ def begin_clone(source: Path, destination: Path) -> bool:
 
     Else it is a hole of the source's size, to be filled with ``copy_into``. Raises OSError.
     """
+    if sys.platform == "darwin" and clone_file(source, destination):  # keeps the source's mode
+        destination.chmod(0o600)
+        return True
     in_fd = open_regular(source)
     try:
         with new_file(destination) as fd:
@@ -106,7 +112,12 @@ def clone_into(source: Path, fd: int) -> CloneKind:
 
 
 def _shares(in_fd: int, out_fd: int) -> bool:
-    """Share all blocks of one open file with another, if the file system can. Raises OSError."""
+    """Share all blocks of one open file with another, if the file system can. Raises OSError.
+
+    macOS shares by name only (``begin_clone``).
+    """
+    if sys.platform == "darwin":
+        return False
     try:
         fcntl.ioctl(out_fd, FICLONE, in_fd)
     except OSError as error:
@@ -228,6 +239,8 @@ def supports_reflink(directory: Path) -> bool:
     source, target = directory / ".reflink-probe", directory / ".reflink-probe-clone"
     try:
         source.write_bytes(b"\0" * 4096)
+        if sys.platform == "darwin":
+            return clone_file(source, target)
         with source.open("rb") as a, target.open("wb") as b:
             fcntl.ioctl(b, FICLONE, a.fileno())
         return True
@@ -279,6 +292,21 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     if result != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Swap two names in one step (renameat2(2), RENAME_EXCHANGE); both must be there.
+
+    It needs no space, so it works on a full disk too. Not durable yet. Raises OSError, also where
+    the file system cannot (it is in ext4, XFS, btrfs, tmpfs and overlayfs).
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(one), os.fsencode(other)
+    if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
 def atomic_write(path: Path, data: bytes, *, mode: int = 0o600) -> None:

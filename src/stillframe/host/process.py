@@ -15,12 +15,14 @@ import resource
 import shlex
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO
 
+from stillframe.host.darwin import processes as darwin
 from stillframe.model.errors import HostFailure, MissingComponent, Timeout, VmmFailure
 from stillframe.model.values import ProcessIdentity
 
@@ -127,12 +129,19 @@ def private_memory(pid: int) -> int:
 
 @cache
 def boot_id() -> str:
-    """This boot of the host (/proc/sys/kernel/random/boot_id)."""
+    """This boot of the host (/proc/sys/kernel/random/boot_id; macOS: kern.bootsessionuuid)."""
+    if sys.platform == "darwin":
+        return darwin.boot_session()
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def start_time(pid: int) -> int:
-    """Field 22 of /proc/PID/stat: clock ticks since boot. Raises ProcessLookupError."""
+    """Field 22 of /proc/PID/stat: clock ticks since boot. Raises ProcessLookupError.
+
+    On macOS microseconds since 1970: either tells two processes of one boot apart.
+    """
+    if sys.platform == "darwin":
+        return darwin.start_time(pid)
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError) as error:
@@ -142,6 +151,13 @@ def start_time(pid: int) -> int:
     if fields[0] in "ZX":
         raise ProcessLookupError(pid)
     return int(fields[19])
+
+
+def _open_exit(pid: int) -> int:
+    """A descriptor that is readable once the process has ended. Raises OSError."""
+    if sys.platform == "darwin":
+        return darwin.open_exit(pid)
+    return os.pidfd_open(pid)
 
 
 class Process:
@@ -166,10 +182,16 @@ class Process:
     def _readable(self) -> None:
         self._ended = True
         asyncio.get_running_loop().remove_reader(self._pidfd)
-        with contextlib.suppress(ChildProcessError, OSError):
-            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+        if sys.platform == "darwin":
+            darwin.reap(self.identity.pid)
+        else:
+            self._reap()
         if self._gone is not None and not self._gone.done():
             self._gone.set_result(None)
+
+    def _reap(self) -> None:
+        with contextlib.suppress(ChildProcessError, OSError):
+            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
 
     @property
     def alive(self) -> bool:
@@ -186,7 +208,7 @@ class Process:
         if self._ended:
             return
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            self._signal_death()
         try:
             async with asyncio.timeout(_KILL_WAIT):
                 await self.wait()
@@ -194,6 +216,12 @@ class Process:
             raise VmmFailure(
                 f"process {self.identity.pid} does not end", pid=self.identity.pid
             ) from error
+
+    def _signal_death(self) -> None:
+        if sys.platform != "darwin":
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        elif self.alive:  # by number: not a later process that has it
+            os.kill(self.identity.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Stop watching; the process runs on."""
@@ -209,32 +237,33 @@ def spawn(
     arguments: Sequence[Argument],
     *,
     output: Path,
+    standard_output: Path | None = None,
     pass_fds: Sequence[int] = (),
     cwd: Path | None = None,
     extra_environment: Mapping[str, str] | None = None,
 ) -> Process:
     """Start a program that outlives us: own session, output appended to a file, no core dumps.
 
+    ``standard_output`` is another file for that, and leaves errors to ``output``.
     Raises MissingComponent, HostFailure.
     """
     command = [str(argument) for argument in arguments]
-    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    try:
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=cwd,
-            env=environment(extra_environment), pass_fds=tuple(pass_fds),
-            start_new_session=True, umask=0o077,
-        )  # fmt: skip
-    except FileNotFoundError as error:
-        raise missing_program(command[0]) from error
-    except OSError as error:
-        raise HostFailure(f"{command[0]} could not be started: {error.strerror}") from error
-    finally:
-        os.close(log)
+    with _appending(output) as errors, _appending(standard_output or output) as words:
+        try:
+            child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=words, stderr=errors, cwd=cwd,
+                env=environment(extra_environment), pass_fds=tuple(pass_fds),
+                start_new_session=True, umask=0o077,
+            )  # fmt: skip
+        except FileNotFoundError as error:
+            raise missing_program(command[0]) from error
+        except OSError as error:
+            raise HostFailure(f"{command[0]} could not be started: {error.strerror}") from error
     # Guest memory must not end up in a core file.
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        resource.prlimit(child.pid, resource.RLIMIT_CORE, (0, 0))
-    pidfd = os.pidfd_open(child.pid)
+    if sys.platform != "darwin":  # there a VMM has to see to that itself
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            resource.prlimit(child.pid, resource.RLIMIT_CORE, (0, 0))
+    pidfd = _open_exit(child.pid)
     child.returncode = 0  # we reap it by pidfd; Popen must not warn or wait
     try:
         started = start_time(child.pid)
@@ -243,10 +272,20 @@ def spawn(
     return Process(ProcessIdentity(child.pid, started, boot_id()), pidfd)
 
 
+@contextlib.contextmanager
+def _appending(path: Path) -> Iterator[int]:
+    """A descriptor of a log, for appending. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def adopt(identity: ProcessIdentity) -> Process:
     """The process of that identity, started by an earlier server. Raises VmmFailure if gone."""
     try:
-        pidfd = os.pidfd_open(identity.pid)
+        pidfd = _open_exit(identity.pid)
     except (ProcessLookupError, OSError) as error:
         raise VmmFailure(f"process {identity.pid} is gone") from error
     try:

@@ -8,6 +8,7 @@ import errno
 import os
 import socket
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from stillframe.model.errors import VmmFailure
 
 @contextlib.contextmanager
 def _short(path: Path) -> Iterator[str]:
-    """A name for ``path`` that fits into sun_path (108 bytes, unix(7)): by its directory's fd."""
-    if len(os.fsencode(path)) < 100:
+    """A name for ``path`` that fits into sun_path (108 bytes, unix(7)): by its directory's fd.
+
+    macOS (104 bytes) has no such names; there a long path is refused by the kernel.
+    """
+    if len(os.fsencode(path)) < 100 or sys.platform == "darwin":
         yield str(path)
         return
     fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -63,6 +67,9 @@ def connect_socket(path: Path) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.setblocking(False)
+        if sys.platform == "darwin":
+            connection.connect(str(path))
+            return connection
         fd = open_socket(path)
         try:
             connection.connect(f"/proc/self/fd/{fd}")

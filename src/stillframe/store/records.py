@@ -30,6 +30,10 @@ from stillframe.model.values import Image, Instance, Snapshot
 
 T = TypeVar("T")
 Statement = tuple[str, tuple[str, ...]]
+_PUT_SCHEDULE = (
+    "INSERT INTO schedules (instance_id, document) VALUES (?, ?) "
+    "ON CONFLICT (instance_id) DO UPDATE SET document = excluded.document"
+)
 _PUT_INSTANCE = (
     "INSERT INTO instances (id, name, document) VALUES (?, ?, ?) "
     "ON CONFLICT (id) DO UPDATE SET name = excluded.name, document = excluded.document"
@@ -314,14 +318,14 @@ class Records:
                 )
 
     # -- schedules ----------------------------------------------------------------------------
-    def put_schedule(self, schedule: Schedule) -> None:
-        """Write a schedule durably under its instance's id."""
-        with self.transaction() as sql:
-            sql.execute(
-                "INSERT INTO schedules (instance_id, document) VALUES (?, ?) "
-                "ON CONFLICT (instance_id) DO UPDATE SET document = excluded.document",
-                (schedule.instance_id, to_json(schedule)),
-            )
+    def put_schedule(self, schedule: Schedule, *, can_wait: bool = False) -> None:
+        """Write a schedule durably under its instance's id; ``can_wait`` as in ``put_instance``."""
+        put = (_PUT_SCHEDULE, (schedule.instance_id, to_json(schedule)))
+        if can_wait:
+            self._now_or_later(put)
+        else:
+            with self.transaction() as sql:
+                sql.execute(*put)
         self.schedules[schedule.instance_id] = schedule
 
     def drop_schedule(self, instance_id: str) -> None:

@@ -10,6 +10,7 @@ from stillframe.vmm.driver import Driver
 from stillframe.vmm.firecracker.driver import FirecrackerDriver
 from stillframe.vmm.qemu.boards import BOARDS
 from stillframe.vmm.qemu.driver import QemuDriver
+from stillframe.vmm.vz.driver import VzDriver
 
 
 def make_drivers(
@@ -46,6 +47,7 @@ def make_drivers(
     ]
     drivers.append(FirecrackerDriver(program(firecracker_binary)))
     drivers.append(CloudHypervisorDriver(program(cloud_hypervisor_binary), qemu_binary=qemu_binary))
+    drivers.append(VzDriver())
     if fake:
         from stillframe.vmm.fake.driver import FakeDriver
 
