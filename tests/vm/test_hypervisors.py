@@ -8,7 +8,7 @@ import pytest
 from hypeman import APIStatusError, Hypeman
 
 from stillframe.model.values import CONTRACT_HYPERVISORS
-from support.server import run_in, wait_running
+from support.server import reboot_in, run_in, wait_running
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
@@ -26,6 +26,9 @@ def test_a_microvm_is_frozen_forked_and_rolled_back(client: Hypeman, name: str) 
     fork = client.snapshots.fork(snapshot.id, name=f"{name}-fork")
     assert run_in(client, fork.id, "cat", "/run/token") == token
     assert run_in(client, fork.id, "hostname").strip() == f"{name}-fork"
+    run_in(client, fork.id, "sh", "-c", "echo disk > /root/file; sync")
+    reboot_in(client, fork.id)
+    assert run_in(client, fork.id, "cat", "/root/file").strip() == "disk"
 
     run_in(client, source.id, "rm", "/run/token")
     client.instances.standby(source.id)
