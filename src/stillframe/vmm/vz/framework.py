@@ -26,6 +26,7 @@ from stillframe.vmm.vz.protocol import Description, FrameworkFailure, Refusal
 # The classes by which the test knows what a parameter is: mypy sees none of them.
 NSError: TypeAlias = Any
 NSURL: TypeAlias = Any
+VZGenericMachineIdentifier: TypeAlias = Any
 VZVirtualMachine: TypeAlias = Any
 VZVirtualMachineConfiguration: TypeAlias = Any
 VZVirtioSocketDevice: TypeAlias = Any
@@ -216,7 +217,7 @@ def _configuration(description: Description) -> tuple[VZVirtualMachineConfigurat
     return configuration, bytes(identifier.dataRepresentation())
 
 
-def _identifier(machine: bytes | None) -> Any:
+def _identifier(machine: bytes | None) -> VZGenericMachineIdentifier:
     if machine is None:
         return Virtualization.VZGenericMachineIdentifier.alloc().init()
     data = Foundation.NSData.dataWithBytes_length_(machine, len(machine))
