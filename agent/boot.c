@@ -46,6 +46,13 @@ void boot_mount_early(void) {
     mount_kernel("sysfs", "/sys", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC);
 }
 
+/* The initrd is memory, and memory is what a snapshot stores. */
+static void drop_module(const char *name) {
+    char path[256];
+    snprintf(path, sizeof path, "/modules/%s", name);
+    unlink(path);
+}
+
 static void load_module(const char *name) {
     char path[256];
     snprintf(path, sizeof path, "/modules/%s", name);
@@ -55,16 +62,26 @@ static void load_module(const char *name) {
     if (syscall(SYS_finit_module, fd, "", 0) && errno != EEXIST && errno != ENODEV)
         fprintf(stderr, "stillframe-init: %s: %s\n", name, strerror(errno));
     close(fd);
-    unlink(path); /* the initrd is memory, and memory is what a snapshot stores */
+    drop_module(name);
+}
+
+/* Whether the host reaches the agent over vsock; the kernel command line says so. */
+static bool agent_on_vsock(void) {
+    char command_line[4096] = "";
+    read_file("/proc/cmdline", command_line, sizeof command_line);
+    return strstr(command_line, "stillframe.agent=vsock") != NULL;
 }
 
 void boot_load_modules(void) {
     char order[8192], *rest = order;
     if (read_file("/modules/order", order, sizeof order) < 0)
         boot_failed("/modules/order");
+    bool vsock = agent_on_vsock();
     for (char *name; (name = strsep(&rest, "\n"));)
-        if (*name)
+        if (*name && (vsock || !strstr(name, "vsock")))
             load_module(name);
+        else if (*name)
+            drop_module(name);
     unlink("/modules/order");
 }
 
@@ -114,9 +131,7 @@ void boot_read_config(struct config *config) {
     int seeded = hex_decode(text_list_get(&config->list, "seed", ""), seed, sizeof seed);
     if (seeded > 0)
         credit_entropy(seed, (size_t)seeded);
-    char command_line[4096] = "";
-    read_file("/proc/cmdline", command_line, sizeof command_line);
-    config->vsock = strstr(command_line, "stillframe.agent=vsock") != NULL;
+    config->vsock = agent_on_vsock();
 }
 
 static void mount_root(void) {

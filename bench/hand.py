@@ -17,8 +17,10 @@ from bench.monitor import AGENT_FD, MONITOR_FD, STATE_FD
 from stillframe.host.files import clone
 from stillframe.images.boot import BootPair, load_boot_pair, write_config_disk
 from stillframe.model.units import parse_size
+from stillframe.model.values import Hypervisor
 from stillframe.store.paths import DataDirectory, InstancePaths
 from stillframe.vmm.driver import Disk, MachineResources, MachineSpec
+from stillframe.vmm.qemu.boards import BOARDS
 from stillframe.vmm.qemu.command import QemuBuild, command_line
 
 _QEMU = shutil.which("qemu-system-x86_64") or "qemu-system-x86_64"
@@ -45,7 +47,12 @@ class Hand:
         digest = instance["image_digest"].removeprefix("sha256:")
         return cls(
             data,
-            QemuBuild(_QEMU, (major, minor, micro), instance["accelerator"]),
+            QemuBuild(
+                _QEMU,
+                (major, minor, micro),
+                instance["accelerator"],
+                BOARDS[Hypervisor(instance["hypervisor"])],
+            ),
             MachineSpec(parse_size(instance["size"]), instance["vcpus"], instance["accelerator"]),
             data.images / digest / "root.squashfs",
             load_boot_pair(data.system, pair),

@@ -35,6 +35,7 @@ class Guest:
     memory_mib: int
     used_mib: int = 0
     rate_mib: int = 0
+    hypervisor: str = "qemu"
 
     @property
     def label(self) -> str:
@@ -42,7 +43,8 @@ class Guest:
         gib = self.memory_mib / 1024
         size = f"{gib:.0f} GiB" if gib >= 1 else f"{self.memory_mib} MiB"
         used = f", {self.used_mib} MB used" if self.used_mib else ""
-        return size + used + (f", {self.rate_mib} MB/s rewritten" if self.rate_mib else "")
+        rate = f", {self.rate_mib} MB/s rewritten" if self.rate_mib else ""
+        return size + used + rate + ("" if self.hypervisor == "qemu" else f", {self.hypervisor}")
 
 
 SMALL, LARGE = Guest(256), Guest(4096)
@@ -103,7 +105,7 @@ class Lab:
         reply = self.client.request(
             "POST", "/instances",
             {"name": self.name("vm"), "image": NAME, "size": f"{guest.memory_mib}MB", "vcpus": 1,
-             "cmd": ["/bin/sleep", "2147483647"]},
+             "cmd": ["/bin/sleep", "2147483647"], "hypervisor": guest.hypervisor},
         )  # fmt: skip
         instance: str = reply.body["id"]
         state = self.client.request("GET", f"/instances/{instance}/wait?state=Running&timeout=240s")
@@ -112,7 +114,8 @@ class Lab:
         if guest.used_mib:
             self.client.must_run(instance, "dirty", str(guest.used_mib), str(guest.rate_mib))
         booted: Json = self.client.request("GET", f"/instances/{instance}").body
-        self.about = booted
+        if guest.hypervisor == "qemu":
+            self.about = booted
         self._hands.setdefault(guest, Hand.like(self.data, booted))
         return booted
 

@@ -79,7 +79,7 @@ def measure(lab: Lab, wanted: set[str]) -> list[Row]:
     return [makers[key](lab) for key in KEYS if key in wanted]
 
 
-def _snapshot(lab: Lab, instance: str, token: int, pauses: Pauses, seconds: float) -> Reply:
+def snapshot_ticking(lab: Lab, instance: str, token: int, pauses: Pauses, seconds: float) -> Reply:
     """Snapshot a ticking VM of the server, and keep what its guest missed."""
     quiet()
     taken: list[Reply] = []
@@ -115,7 +115,7 @@ def _idle_row(lab: Lab) -> Row:
     def step() -> None:
         # A new fork each time: later snapshots of one VM may be cheaper than its first.
         fork = lab.fork(snapshot).body["id"]
-        taken = _snapshot(lab, fork, lab.start_ticks(fork), pauses, 0.8)
+        taken = snapshot_ticking(lab, fork, lab.start_ticks(fork), pauses, 0.8)
         lab.client.delete_snapshot(taken.body["id"])
         lab.client.delete(fork)
 
@@ -156,7 +156,7 @@ def _boot_row(lab: Lab) -> Row:
 def _boot_and_snapshot(lab: Lab, pauses: Pauses) -> None:
     """Snapshot a VM that was just booted and filled, and fork the snapshot."""
     instance = lab.boot(USED)["id"]
-    taken = _snapshot(lab, instance, lab.start_ticks(instance), pauses, 1.0)
+    taken = snapshot_ticking(lab, instance, lab.start_ticks(instance), pauses, 1.0)
     fork = lab.fork(taken.body)
     pauses.together_ms.append(taken.answer_ms + fork.running_ms)
     for done in (fork.body["id"], instance):
@@ -202,7 +202,7 @@ def _busy_ours(lab: Lab, guest: Guest, runs: int) -> Pauses:
     token = lab.start_ticks(instance)
     for run in range(runs):
         pages, milliseconds = _rewritten(lab, instance)
-        taken = _snapshot(lab, instance, token, pauses, 1.5)
+        taken = snapshot_ticking(lab, instance, token, pauses, 1.5)
         more_pages, later = _rewritten(lab, instance)
         pauses.rates.append((more_pages - pages) * 4096 / 1e6 / ((later - milliseconds) / 1000))
         if run + 1 == runs:

@@ -13,19 +13,20 @@ points tried; exit code 1 if anything failed.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
 import time
-from itertools import count
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
-from crash.harness import Bench, Tally, open_bench, try_verb
+from crash.harness import Tally
 from crash.injection import Fault
 from crash.many import make_many
+from crash.pool import Task, try_all
 from crash.random_kills import kill_at_random
 from crash.verbs import VERBS
 from crash.world import Violation, running_world
@@ -41,6 +42,7 @@ def main() -> int:
     parser.add_argument("--verb", action="append", choices=names, metavar="NAME")
     parser.add_argument("--fault", action="append", choices=[f.name for f in Fault])
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only each Nth call")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N")
     parser.add_argument("--random", type=int, default=0, metavar="N", help="N random kills instead")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--many", action="store_true", help="only start and list with many records")
@@ -49,37 +51,49 @@ def main() -> int:
     if wanted.random:
         return _random(wanted.random, wanted.seed)
     if not wanted.many and not _all_points(
-        wanted.verb or names, [Fault[f] for f in wanted.fault or _DEFAULT_FAULTS], wanted.every
+        wanted.verb or names,
+        [Fault[f] for f in wanted.fault or _DEFAULT_FAULTS],
+        wanted.every,
+        wanted.jobs,
     ):
         return 1
     _many()
     return 0
 
 
-def _all_points(names: list[str], faults: list[Fault], every: int) -> bool:
-    table = Table("verb", *faults, title="points tried", title_justify="left")
-    failures: list[str] = []
-    points = 0
-    with open_bench() as bench:
-        for verb in (verb for verb in VERBS if verb.name in names):
-            began, cells = time.monotonic(), []
-            for fault in faults:
-                tally = try_verb(bench, verb, fault, points=count(1, every), report=console.print)
-                cells.append(_cell(tally))
-                failures += tally.failures
-                points += tally.points
-            console.print(f"{verb.name}: {', '.join(cells)} ({time.monotonic() - began:.0f} s)")
-            table.add_row(verb.name, *cells)
-        slowest = _slowest(bench)
-    console.print(table)
+def _all_points(names: list[str], faults: list[Fault], every: int, processes: int) -> bool:
+    began, tallies, slowest = time.monotonic(), dict[tuple[str, Fault], Tally](), 0.0
+    # Fault by fault: kills take longest, and what comes last should be short.
+    tasks = [Task(name, fault, every) for fault in faults for name in names]
+    for done in try_all(tasks, processes, console.print):
+        tally = done.tally
+        tallies[tally.verb, tally.fault] = tally
+        slowest = max(slowest, done.slowest_start)
+        console.print(
+            f"{len(tallies)}/{len(tasks)} {tally.verb}, {tally.fault}: {_cell(tally)} "
+            f"({done.seconds:.0f} s)"
+        )
+    print(_table(names, faults, tallies))
+    points = sum(tally.points for tally in tallies.values())
+    failures = sum(len(tally.failures) for tally in tallies.values())
     console.print(f"slowest start after a kill: {slowest:.2f} s")
-    console.print(f"{points} points, {len(failures)} failures")
+    console.print(
+        f"{points} points, {failures} failures, {time.monotonic() - began:.0f} s "
+        f"in {processes} processes"
+    )
     return not failures
 
 
-def _slowest(bench: Bench) -> float:
-    bench.spoiled()
-    return bench.slowest_start
+def _table(
+    names: list[str], faults: list[Fault], tallies: Mapping[tuple[str, Fault], Tally]
+) -> str:
+    """Points tried at, by verb and fault, as a table that can go into a document."""
+    rows = [["verb", *faults, "failures"], ["---"] * (len(faults) + 2)]
+    for name in names:
+        row = [tallies[name, fault] for fault in faults]
+        failures = sum(len(tally.failures) for tally in row)
+        rows.append([name, *(str(tally.points) for tally in row), str(failures)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _cell(tally: Tally) -> str:

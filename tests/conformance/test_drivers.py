@@ -7,9 +7,8 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import replace
-from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from stillframe.host.files import clone, copy_into, create_sparse
 from stillframe.host.image import open_private
 from stillframe.host.memory import GuestMemory
 from stillframe.model.errors import GuestFailure, StillframeError, VmmFailure
-from stillframe.vmm.driver import MachineStatus
+from stillframe.vmm.driver import Machine, MachineResources, MachineStatus
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -346,22 +345,72 @@ async def test_forks_are_told_who_they_are(bench: Bench) -> None:
     assert all(len(set(same)) == 2 for same in zip(*told, strict=True))
 
 
-@pytest.mark.parametrize("step", ["pause", "save", "resume"])
-async def test_a_vmm_killed_at_a_step_is_a_clear_error(bench: Bench, step: str) -> None:
+async def test_a_vmm_killed_during_a_step_is_a_clear_error(bench: Bench) -> None:
+    """One boot, and for each step a fork that is killed when it has the request, unanswered."""
     async with bench.booted("one") as (machine, resources):
-        if step != "pause":
-            await machine.pause()
-        os.kill(machine.process.pid, signal.SIGKILL)
-        memory = resources.memory_image if machine.writes_memory else None
-        steps: dict[str, Callable[[], Awaitable[None]]] = {
-            "pause": machine.pause,
-            "save": partial(machine.save_devices, bench.directory / "devices", memory),
-            "resume": machine.resume,
-        }
-        with pytest.raises(VmmFailure) as failed:
-            await steps[step]()
-        assert failed.value.message
-        await asyncio.wait_for(machine.wait_exit(), 30)
+        async with bench.agent(machine):
+            pass
+        await machine.pause()
+        captured = await bench.capture(machine, resources)
+    for step in ("pause", "save", "resume"):
+        fork = bench.fork_of(captured, step)
+        async with bench.running(await bench.spec(), fork) as machine:
+            if step == "pause":
+                await machine.resume()
+            os.kill(machine.process.pid, signal.SIGSTOP)
+            request = asyncio.ensure_future(asked(bench, machine, fork, step))
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(request), 0.2)
+            os.kill(machine.process.pid, signal.SIGKILL)
+            with pytest.raises(VmmFailure) as failed:
+                await asyncio.wait_for(request, 60)
+            assert failed.value.message, step
+            await asyncio.wait_for(machine.wait_exit(), 30)
+        nothing_of(bench, fork)
+
+
+def asked(bench: Bench, machine: Machine, fork: MachineResources, step: str) -> Awaitable[None]:
+    """The step, asked of the VMM."""
+    if step == "pause":
+        return machine.pause()
+    if step == "resume":
+        return machine.resume()
+    memory = bench.directory / "saved"
+    if machine.writes_memory:
+        clone(fork.memory_image, memory)
+    return machine.save_devices(
+        bench.directory / "saved-devices", memory if machine.writes_memory else None
+    )
+
+
+def nothing_of(bench: Bench, fork: MachineResources) -> None:
+    """No process and no socket of a VM that failed."""
+    assert bench.processes() == []
+    assert [path for path in fork.directory.iterdir() if path.is_socket()] == []
+
+
+async def test_a_vmm_killed_during_a_load_is_a_clear_error(bench: Bench) -> None:
+    async with bench.booted("one") as (machine, resources):
+        async with bench.agent(machine):
+            pass
+        await machine.pause()
+        captured = await bench.capture(machine, resources)
+    fork = bench.fork_of(captured, "fork")
+    start = asyncio.ensure_future(bench.driver.start(await bench.spec(), fork))
+    # It is killed at its first sign of life, long before it can have loaded.
+    while not (started := bench.processes()) and not start.done():  # noqa: ASYNC110 - not announced
+        await asyncio.sleep(0)
+    for pid in started:
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(VmmFailure) as failed:
+        await asyncio.wait_for(start, 60)
+    assert failed.value.message
+    nothing_of(bench, fork)
+    # What it was to be loaded from is as it was.
+    async with bench.running(await bench.spec(), bench.fork_of(captured, "again")) as machine:
+        await machine.resume()
+        async with bench.agent(machine):
+            pass
 
 
 async def test_memory_of_an_older_device_layout_still_loads(bench: Bench) -> None:

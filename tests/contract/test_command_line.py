@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from hypeman import Hypeman
 
+from stillframe.model.values import CONTRACT_HYPERVISORS
 from support.contract import HYPERVISOR, Maker
 from support.registry import layer, write_layout
 from support.server import Server
@@ -264,3 +266,28 @@ def test_tokens_and_the_doctor(server: Server, cli: Cli, fails: Cli) -> None:
     findings = {f["what"]: f["level"] for f in json.loads(server.cli("doctor", "--json").stdout)}
     assert findings["server"] == "ok"
     assert set(findings.values()) <= {"ok", "warn", "fail"}
+    assert findings.keys() >= {"firecracker", "cloud-hypervisor"}  # their programs
+    assert findings.keys() >= {f"hypervisor {name.value}" for name in CONTRACT_HYPERVISORS}
+
+
+def test_the_doctor_finds_what_setup_installed_and_tells_how_when_no_server_runs(
+    tmp_path: Path,
+) -> None:
+    programs = tmp_path / "data/programs"
+    programs.mkdir(parents=True)
+    (programs / "firecracker-of-ours").write_text("#!/bin/sh\n")
+    (programs / "firecracker-of-ours").chmod(0o755)
+    environment = {
+        **os.environ, "STILLFRAME_DATA_DIR": str(tmp_path / "data"),
+        "STILLFRAME_LISTEN": "127.0.0.1:1",
+        "STILLFRAME_FIRECRACKER_BINARY": "firecracker-of-ours",
+        "STILLFRAME_CLOUD_HYPERVISOR_BINARY": "cloud-hypervisor-of-ours",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "stillframe.cli.main", "doctor", "--json"]
+    answer = subprocess.run(command, check=False, env=environment, capture_output=True, timeout=60)
+    findings = {finding["what"]: finding for finding in json.loads(answer.stdout)}
+    assert findings["firecracker"]["level"] == "ok"
+    assert findings["firecracker"]["found"] == str(programs / "firecracker-of-ours")
+    assert findings["cloud-hypervisor"]["level"] == "warn"
+    assert findings["cloud-hypervisor"]["fix"] == "stillframe setup cloud-hypervisor"
+    assert findings["server"]["level"] == "warn"

@@ -12,6 +12,7 @@ import pytest
 from stillframe.images.library import ImageLibrary
 from stillframe.model.errors import InvalidRequest, NotFound
 from stillframe.model.values import Image, ImageStatus
+from stillframe.store.records import Intent
 from support.registry import Registry, available, layer, running_registry, write_layout
 
 pytestmark = pytest.mark.skipif(not available, reason="needs docker-registry and skopeo")
@@ -22,8 +23,10 @@ class MemoryRecords:
 
     def __init__(self) -> None:
         self.images: dict[str, Image] = {}
+        self.intents: dict[str | None, Intent] = {}
 
-    def put(self, image: Image) -> None:
+    def put(self, image: Image, *, fulfils: str | None = None) -> None:
+        self.fulfil(fulfils)
         self.images[image.name] = image
 
     def get(self, name: str) -> Image | None:
@@ -32,8 +35,16 @@ class MemoryRecords:
     def list(self) -> list[Image]:
         return list(self.images.values())
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, intent: Intent | None = None, *, can_wait: bool = False) -> None:
         del self.images[name]
+        if intent is not None:
+            self.intend(intent)
+
+    def intend(self, intent: Intent) -> None:
+        self.intents[intent.subject] = intent
+
+    def fulfil(self, subject: str | None) -> None:
+        self.intents.pop(subject, None)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from hypeman import AuthenticationError, Hypeman, PermissionDeniedError
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from stillframe.model.values import CONTRACT_HYPERVISORS
 from support.contract import HYPERVISOR, IMAGE, Maker, Refused, mint
 from support.server import Server
 
@@ -27,6 +28,7 @@ def test_capabilities_name_what_runs_here(sdk: Hypeman) -> None:
     assert runtime.available
     assert {"snapshots", "standby", "fork"} <= set(runtime.features)
     assert [r.name for r in found.runtimes] == sorted(r.name for r in found.runtimes)
+    assert {r.name for r in found.runtimes} >= set(CONTRACT_HYPERVISORS)
     assert (found.default_runtime.name, found.default_runtime.available) == (HYPERVISOR, True)
 
 

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 
 from crash.injection import Fault
-from crash.verbs import Stage, Verb
+from crash.stage import Stage, Verb
 from crash.world import SLACK, Violation, World
 
 _MAX_POINTS = 5000
@@ -44,7 +44,7 @@ class Bench:
         self._held = contextlib.ExitStack()
         self._stage: Stage | None = None
         self._numbers = count(1)
-        self.slowest_start = 0.0
+        self._slowest_start = 0.0
 
     def stage(self) -> Stage:
         """The stage, in order."""
@@ -60,10 +60,15 @@ class Bench:
 
     def spoiled(self) -> None:
         """Throw the stage away."""
-        if self._stage is not None:
-            self.slowest_start = max(self.slowest_start, self._stage.world.slowest_start)
+        self._slowest_start = self.slowest_start
         self._stage = None
         self._held.close()
+
+    @property
+    def slowest_start(self) -> float:
+        """Seconds that the slowest start of a server took."""
+        present = self._stage.world.slowest_start if self._stage is not None else 0.0
+        return max(self._slowest_start, present)
 
     def fresh_name(self) -> str:
         """A name that nobody has."""

@@ -242,6 +242,8 @@ ON_PATH(ALLOCATES, "mkdir", mkdir, AT_FDCWD, path, (const char *path, mode_t mod
 ON_PATH(ALLOCATES, "mkdir", mkdirat, fd, path, (int fd, const char *path, mode_t mode), (fd, path, mode))
 ON_PATH(ALLOCATES, "rename", rename, AT_FDCWD, to, (const char *from, const char *to), (from, to))
 ON_PATH(ALLOCATES, "rename", renameat, at, to, (int fd, const char *from, int at, const char *to), (fd, from, at, to))
+/* Swapping names needs no space (RENAME_EXCHANGE): it only counts as a moment to be killed at. */
+ON_PATH(REMOVES, "exchange", renameat2, at, to, (int fd, const char *from, int at, const char *to, unsigned flags), (fd, from, at, to, flags))
 ON_PATH(ALLOCATES, "link", link, AT_FDCWD, to, (const char *from, const char *to), (from, to))
 ON_PATH(ALLOCATES, "link", linkat, at, to, (int fd, const char *from, int at, const char *to, int flags), (fd, from, at, to, flags))
 ON_PATH(ALLOCATES, "truncate", truncate, AT_FDCWD, path, (const char *path, off_t size), (path, size))

@@ -7,25 +7,29 @@ ended. A server started this way is what ``stillframe serve`` is, a second earli
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
+import pkgutil
 import select
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import stillframe
 from stillframe.host.orphans import processes_naming
 from support.server import READY, START_DEADLINE
 
 ENDED, PID = b"ended", b"pid "
-# What a server loads while it starts.
+# What a server loads beside all of ours, while it starts or at the first request of a kind.
 _LOADED = (
+    "httptools",
     "uvicorn.main",
-    "stillframe.api.app",
-    "stillframe.api.server",
-    "stillframe.engine.engine",
-    "stillframe.vmm.drivers",
+    "uvicorn.lifespan.on",
+    "uvicorn.loops.auto",
+    "uvicorn.protocols.http.auto",
+    "uvicorn.protocols.websockets.websockets_sansio_impl",
 )
 
 
@@ -106,18 +110,28 @@ class NurseryServer:
 
 def main() -> None:
     """Fork a server for each line; see the module's text."""
-    for name in _LOADED:
-        importlib.import_module(name)
-    from stillframe.cli.main import main as run
+    for name in (*_LOADED, *_ours()):
+        with contextlib.suppress(ModuleNotFoundError):  # what is optional, and not here
+            importlib.import_module(name)
+    from typer.main import get_command
 
+    from stillframe.cli.main import app
+
+    command = get_command(app)
+    gc.freeze()  # a collection in the child would write to, and so copy, every page of it
     for _ in sys.stdin:
         if (pid := os.fork()) == 0:
             print(PID.decode() + str(os.getpid()), flush=True)
-            sys.argv = ["stillframe", "serve"]
-            run()
+            command.main(["serve"], prog_name="stillframe", standalone_mode=False)
             os._exit(0)
         os.waitpid(pid, 0)
         print(ENDED.decode(), flush=True)
+
+
+def _ours() -> Iterator[str]:
+    for module in pkgutil.walk_packages(stillframe.__path__, "stillframe."):
+        if not module.name.endswith("__main__"):
+            yield module.name
 
 
 if __name__ == "__main__":

@@ -31,11 +31,17 @@ _ENVIRONMENT = {
     "STILLFRAME_DEFAULT_HYPERVISOR": "fake",
     "STILLFRAME_LOG_LEVEL": "warning",
 }
-_VM = {"image": "stillframe/base", "size": "64MB", "overlay_size": "16MB", "vcpus": 1}
+VM = {"image": "stillframe/base", "size": "64MB", "overlay_size": "16MB", "vcpus": 1}
 # What may lie in the directory of an instance, by whether it has a VMM.
 _AT_REST = {"overlay.raw", "config.raw", "logs"}
 _ASLEEP = {*_AT_REST, "standby"}
 _AWAKE = {*_AT_REST, "memory", "memory.blake3", "control.sock", "agent.sock", "devices"}
+
+
+# What may lie in the data directory itself.
+_ROOT = {"stillframe.db", "stillframe.db-wal", "stillframe.db-shm", "lock", "jwt-secret",
+         "server.json", "system", "images", "templates", "instances", "snapshots", "expanded",
+         "cache"}  # fmt: skip
 
 
 class Violation(AssertionError):
@@ -62,11 +68,9 @@ class World:
         began = time.monotonic()
         self.server.start()
         self.slowest_start = max(self.slowest_start, time.monotonic() - began)
-        if self._sdk is not None:
-            self._sdk.close()
-        self._sdk = Hypeman(
-            base_url=self.server.url, api_key=self._token(), timeout=60, max_retries=0
-        )
+        if self._sdk is None:
+            self._sdk = Hypeman(api_key=self._token(), timeout=60, max_retries=0)
+        self._sdk.base_url = self.server.url
 
     def restart(self) -> None:
         """Start it again after a kill -9, which it may have got already."""
@@ -133,9 +137,10 @@ class World:
         """The snapshot of that name, or None."""
         return next((s for s in self.must("GET", "/snapshots") if s.get("name") == name), None)
 
-    def boot(self, name: str, nonce: str) -> str:
+    def boot(self, name: str, nonce: str, image: str = "stillframe/base") -> str:
         """A Running instance with ``nonce`` in its memory; its id."""
-        identifier: str = self.must("POST", "/instances", {"name": name, **_VM})["id"]
+        wish = {"name": name, **VM, "image": image}
+        identifier: str = self.must("POST", "/instances", wish)["id"]
         self.reach(identifier, "Running")
         self.remember(identifier, nonce)
         return identifier
@@ -195,13 +200,12 @@ class World:
     def used_bytes(self) -> int:
         """Bytes on disk of all files below the data directory, also deleted ones still open."""
         files = {}
-        roots = [self.data.instances, self.data.snapshots, self.data.images, self.data.templates]
-        for root in roots:
-            for path in root.rglob("*"):
-                with contextlib.suppress(FileNotFoundError):
-                    status = path.lstat()
-                    if stat.S_ISREG(status.st_mode) and path.parent.name != "logs":
-                        files[status.st_ino] = status.st_blocks * 512
+        for path in self.data_dir.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.lstat()
+                kept = path.parent.name != "logs" and path.parent != self.data_dir
+                if stat.S_ISREG(status.st_mode) and kept:  # there: records and their journals
+                    files[status.st_ino] = status.st_blocks * 512
         for status in self._deleted_but_open():
             files[status.st_ino] = status.st_blocks * 512
         return sum(files.values())
@@ -223,6 +227,7 @@ class World:
         snapshots = {s["id"] for s in self.must("GET", "/snapshots")}
         self._same("instance directories", self._names(self.data.instances), set(instances))
         self._same("snapshot directories", self._names(self.data.snapshots), snapshots)
+        self._check_directories()
         for snapshot_id in snapshots:
             self.check_snapshot(snapshot_id)
         awake = {i for i, one in instances.items() if one["state"] in ("Running", "Initializing")}
@@ -237,6 +242,19 @@ class World:
         self._check_processes(len(awake))
         if intents := self.intents():
             raise Violation(f"intents are left: {intents}")
+
+    def _check_directories(self) -> None:
+        """Nothing half-made or unused lies where the server makes what it shares."""
+        if extra := self._names(self.data_dir) - _ROOT:
+            raise Violation(f"the data directory has {sorted(extra)} left over")
+        for directory in (self.data.images, self.data.templates, self.data.expanded):
+            if extra := {name for name in self._names(directory) if name.startswith(".")}:
+                raise Violation(f"{directory.name} has {sorted(extra)} left over")
+        digests = {i["digest"].removeprefix("sha256:") for i in self.must("GET", "/images")}
+        self._same("images", self._names(self.data.images), digests)
+        for path in self.data.expanded.iterdir():
+            if path.stat().st_nlink == 1:
+                raise Violation(f"nobody has the expanded image {path.name}")
 
     def check_snapshot(self, snapshot_id: str) -> None:
         """The snapshot is whole, to the last byte."""
@@ -262,6 +280,14 @@ class World:
         while len(pids := self.server.vmm_pids()) != wanted:
             if time.monotonic() > deadline:
                 raise Violation(f"{len(pids)} VMMs run instead of {wanted}")
+            time.sleep(0.01)
+
+    def quiet(self) -> None:
+        """Wait until no instance is in the making, or in the undoing."""
+        deadline = time.monotonic() + 60
+        while self.intents():
+            if time.monotonic() > deadline:
+                raise Violation(f"intents stay: {self.intents()}")
             time.sleep(0.01)
 
     def intents(self) -> list[Any]:

@@ -14,19 +14,20 @@ from stillframe.host.orphans import kill_orphans, processes_naming
 from stillframe.model.states import InstanceState
 from stillframe.model.units import MIB
 from stillframe.model.values import Hypervisor, Instance
+from stillframe.vmm.driver import Driver
 from stillframe.vmm.fake.driver import FakeDriver
 
 TRACKER = Path(__file__).resolve().parents[2] / "tracker/build/libstillframe-tracker.so"
 
 
-def make_engine(data_dir: Path) -> Engine:
-    """An engine that is not open yet."""
+def make_engine(data_dir: Path, *others: Driver) -> Engine:
+    """An engine that is not open yet, with the fake hypervisor and others."""
     settings = EngineSettings(
         data_dir, kernel_dir=Path("/nonexistent"), agent_binary=Path("/nonexistent"),
         default_hypervisor=Hypervisor.FAKE, default_memory_bytes=64 * MIB,
         default_overlay_bytes=32 * MIB, default_vcpus=1,
     )  # fmt: skip
-    return Engine(settings, [FakeDriver(tracker=TRACKER)])
+    return Engine(settings, [FakeDriver(tracker=TRACKER), *others])
 
 
 @contextlib.asynccontextmanager

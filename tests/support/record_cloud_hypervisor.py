@@ -27,7 +27,7 @@ async def record(binary: str, home: Path) -> tuple[str, dict[str, list[Exchange]
     """Boot and capture; restore and capture; be refused. The version, and what was said."""
     driver = CloudHypervisorDriver(binary, accelerator="kvm")
     version = (await driver.probe()).version
-    cold = replace(files(home), kernel=Path("tiny"))  # its directory's name would be recorded
+    cold = files(home)
     heard: dict[str, list[Exchange]] = {}
     with recording() as heard["boot"]:
         machine = await driver.start(SPEC, cold)

@@ -149,6 +149,18 @@ def wait_running(client: Hypeman, instance_id: str) -> None:
     assert answer.state == "Running", answer
 
 
+def reboot_in(client: Hypeman, instance_id: str) -> None:
+    """Have the guest reset its machine, and wait until it has booted again."""
+    boot = run_in(client, instance_id, "cat", "/proc/sys/kernel/random/boot_id")
+    reset = "(sleep 0.2; echo b > /proc/sysrq-trigger) >/dev/null 2>&1 &"
+    run_in(client, instance_id, "sh", "-c", reset)
+    deadline = time.monotonic() + 120
+    while client.instances.get(instance_id).state == "Running" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    wait_running(client, instance_id)
+    assert run_in(client, instance_id, "cat", "/proc/sys/kernel/random/boot_id") != boot
+
+
 def eventually_empty(look: Callable[[], Sequence[object]], seconds: float = 30) -> None:
     """Look until nothing is left over (what a kill leaves takes a moment to go)."""
     deadline = time.monotonic() + seconds

@@ -27,7 +27,7 @@ from stillframe.store.archive import (
     Part,
     Position,
 )
-from stillframe.store.archive_export import ImageParts, export
+from stillframe.store.archive_export import Companion, export
 from stillframe.store.archive_import import Importer
 from stillframe.store.compression import compress
 from stillframe.store.manifest import read_manifest
@@ -115,7 +115,7 @@ def test_the_image_comes_along_when_wanted(payload: Payload, tmp_path: Path) -> 
     write_pieces(tmp_path / "root", 3 * MIB, [(MIB, noise(MIB))])
     (tmp_path / "config").write_text("{}")
     files = {"root.squashfs": tmp_path / "root", "config.json": tmp_path / "config"}
-    data = archive(payload, image=ImageParts("sha256:1", files))
+    data = archive(payload, image=Companion("sha256:1", files))
     arrived = tmp_path / "arrived"
     found = take(data, arrived)
     assert found.image is not None

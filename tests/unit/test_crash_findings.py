@@ -15,7 +15,8 @@ import pytest
 
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import ForkRequest
-from stillframe.host.files import remove_tree
+from stillframe.engine.keeping.expanded import link_in_place
+from stillframe.host.files import exchange, remove_tree
 from stillframe.host.orphans import kill_orphans, processes_naming
 from stillframe.host.sockets import bind_unix
 from stillframe.model.errors import HostFailure, StorageFull
@@ -286,3 +287,70 @@ async def test_retention_that_a_killed_server_owed_is_done_by_the_next(tmp_path:
         settled = engine.find_schedule(source.id)
         assert (settled.pending, settled.last_snapshot_id) == (None, second.id)
         assert first.last_snapshot_id != second.id
+
+
+def test_a_link_that_cannot_take_its_place_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restore on a full disk left ``memory.new`` with the sleeping instance."""
+    (tmp_path / "image").touch()
+
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="No space"):
+        link_in_place(tmp_path / "image", tmp_path / "memory")
+    assert listing(tmp_path) == ["image"]
+
+
+async def test_a_restore_that_fails_on_a_full_disk_gives_the_old_state_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old state waited beside, and a rename back that needed space left it there."""
+    async with open_engine(tmp_path) as engine:
+        source = await running(engine)
+        await ask(engine, source.id, "set", "nonce", "past")
+        past = await engine.snapshot(source.id, kind=SnapshotKind.STANDBY)
+        await ask(engine, source.id, "set", "nonce", "present")
+        await engine.standby(source.id)
+
+        def refuse(self: Path, target: Path) -> Path:
+            raise OSError(28, "No space left on device")
+
+        async def fail(*_: object, **__: object) -> None:
+            monkeypatch.setattr(Path, "rename", refuse)
+            monkeypatch.setattr(Path, "replace", refuse)
+            raise StorageFull("no space")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("stillframe.engine.verbs.restore_snapshot._run", fail)
+            with pytest.raises(StorageFull):
+                await engine.restore_snapshot(source.id, past.id)
+        monkeypatch.undo()
+        assert [path.name for path in (tmp_path / "instances").iterdir()] == [source.id]
+        assert engine.context.records.intents == {}
+        await engine.restore(source.id)
+        assert await ask(engine, source.id, "get", "nonce") == "present"
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+async def test_a_restore_that_a_server_did_not_finish_is_taken_back_by_the_next(
+    tmp_path: Path, swapped: bool
+) -> None:
+    async with open_engine(tmp_path) as engine:
+        source = await running(engine)
+        await ask(engine, source.id, "set", "nonce", "present")
+        await engine.standby(source.id)
+        engine.context.records.intend(Intent(source.id, "restore snapshot", {}))
+        current = engine.context.data.instance(source.id)
+        staged = engine.context.data.instance_staged(source.id)
+        shutil.copytree(current.directory, staged.directory)
+        (staged.standby.memory).write_bytes(b"of another time")
+        staged.restored.touch()
+        if swapped:
+            exchange(staged.directory, current.directory)
+    async with open_engine(tmp_path) as engine:
+        assert [path.name for path in (tmp_path / "instances").iterdir()] == [source.id]
+        await engine.restore(source.id)
+        assert await ask(engine, source.id, "get", "nonce") == "present"

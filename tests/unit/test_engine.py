@@ -404,6 +404,7 @@ async def test_a_guest_left_standing_still_by_a_crash_runs_again(tmp_path: Path)
 async def test_after_a_host_reboot_standby_restores_and_running_is_stopped(
     tmp_path: Path,
 ) -> None:
+    """F39."""
     engine = make_engine(tmp_path)
     await engine.open()
     awake, asleep = await running(engine, "awake"), await running(engine, "asleep")
@@ -420,6 +421,7 @@ async def test_after_a_host_reboot_standby_restores_and_running_is_stopped(
 async def test_a_vmm_that_dies_during_a_snapshot_fails_it_and_is_recorded(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """F25."""
     source = await running(engine)
     assert source.process is not None
     pid = source.process.pid

@@ -16,6 +16,7 @@ from stillframe.engine.interface import ForkRequest
 from stillframe.engine.moving import arrival
 from stillframe.engine.moving import export as exporting
 from stillframe.engine.moving.export import about_of
+from stillframe.images import library
 from stillframe.model.errors import (
     Conflict,
     DamagedData,
@@ -23,6 +24,7 @@ from stillframe.model.errors import (
     InsufficientResources,
     InvalidRequest,
     NotFound,
+    NotSupported,
     StillframeError,
     StorageFull,
 )
@@ -31,7 +33,7 @@ from stillframe.model.values import CompressionConfig, Hypervisor, Snapshot
 from stillframe.model.verification import Depth
 from stillframe.store.archive_export import export
 from stillframe.store.archive_import import Importer
-from stillframe.store.manifest import encode_document
+from stillframe.store.manifest import encode_document, read_manifest
 from stillframe.store.records import to_json
 from stillframe.vmm.fake.driver import FakeDriver
 from support.archives import positions
@@ -235,6 +237,7 @@ async def test_a_name_that_is_taken_can_be_replaced(here: Engine) -> None:
 async def test_memory_that_cannot_run_here_is_foreign(
     here: Engine, there: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """F38, also for a hypervisor that was upgraded on one host."""
     made = await here.snapshot((await remembering(here)).id, kind=LIVE)
     data = await archive_of(here, made)
     driver = there.context.drivers[Hypervisor.FAKE]
@@ -256,6 +259,67 @@ async def test_memory_that_cannot_run_here_is_foreign(
         await there.fork_snapshot(arrived.id, ForkRequest("fork"))
     there.context.drivers = {}
     assert not (await there.compatibility(arrived.id)).fork
+
+
+INTEL, AMD = "GenuineIntel family 6 model 85 flags 01", "AuthenticAMD family 25 model 1 flags 02"
+
+
+def on_a_host(
+    monkeypatch: pytest.MonkeyPatch, engine: Engine, *, accelerator: str, processor: str
+) -> None:
+    """Have an engine find this accelerator and processor."""
+    driver = engine.context.drivers[Hypervisor.FAKE]
+    probe_as_it_is = driver.probe
+
+    async def probe() -> Any:
+        return replace(await probe_as_it_is(), accelerator=accelerator, processor=processor)
+
+    monkeypatch.setattr(driver, "probe", probe)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "processors", "judged"),
+    [
+        ("kvm", (INTEL, INTEL), None),
+        ("kvm", (INTEL, AMD), f"on the processor {INTEL}, this host has {AMD}"),
+        ("kvm", ("", AMD), "not known on which processor"),
+        ("kvm", (INTEL, ""), None),  # this host's kernel does not tell
+        ("tcg", ("qemu64", "qemu64"), None),
+        ("tcg", ("", "qemu64"), None),  # it never was another
+    ],
+)
+async def test_memory_is_judged_by_the_processor_that_its_guest_sees(
+    here: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    accelerator: str,
+    processors: tuple[str, str],
+    judged: str | None,
+) -> None:
+    then, now = processors
+    made = await here.snapshot((await running(here)).id, kind=LIVE)
+    template = replace(made.template, accelerator=accelerator, processor=then)
+    here.context.records.update_snapshot(replace(made, template=template))
+    on_a_host(monkeypatch, here, accelerator=accelerator, processor=now)
+    verdict = await here.compatibility(made.id)
+    assert len(verdict.reasons) == (judged is not None)
+    assert (judged or "") in "".join(verdict.reasons)
+    assert verdict.fork is ((then, now) != (INTEL, AMD))
+    if not verdict.fork:
+        with pytest.raises(NotSupported, match="on the processor"):
+            await here.fork_snapshot(made.id, ForkRequest("fork"))
+
+
+async def test_the_processor_of_a_capture_is_in_its_manifest(
+    here: Engine, there: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for engine in (here, there):
+        on_a_host(monkeypatch, engine, accelerator="none", processor=INTEL)
+    made = await here.snapshot((await running(here)).id, kind=LIVE)
+    manifest = read_manifest(here.context.data.snapshot(made.id).manifest)
+    assert (manifest["processor"], made.template.processor) == (INTEL, INTEL)
+    arrived = await take(there, await archive_of(here, made))
+    assert arrived.template.processor == INTEL
+    assert (await there.compatibility(arrived.id)).reasons == ()
 
 
 async def test_a_stopped_one_of_another_hypervisor_asks_for_one_of_ours(
@@ -448,3 +512,41 @@ async def test_pieces_of_any_length_are_taken(here: Engine, there: Engine) -> No
     for size in (1000, 3_000_000):
         await there.import_snapshot(pieces(data, size))
     assert len(there.list_snapshots()) == 2
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+async def test_an_image_that_a_crash_left_without_its_snapshot_goes(
+    here: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    """The server ends while it adopts the image, or between that and the snapshot's record."""
+    source = await here.stop((await running(here)).id)
+    made = await here.snapshot(source.id, kind=DISK)
+    data = await archive_of(here, made, image=True)
+
+    class Ended(BaseException):
+        pass
+
+    def end(*_: Any, **__: Any) -> None:
+        raise Ended
+
+    first = make_engine(tmp_path / "bare")
+    await first.open()
+    with monkeypatch.context() as patch:
+        records = first.context.records
+        patch.setattr(records, "put_snapshot" if recorded else "put", end)
+        for undone in ("fulfil", "delete"):  # nothing is undone by a server that is gone
+            patch.setattr(records, undone, lambda *_: None)
+        patch.setattr(library, "remove_tree", lambda _: None)
+        with pytest.raises(Ended):
+            await take(first, data)
+    await first.close()
+    images = first.context.data.images
+    assert [path.name for path in images.iterdir()] == [made.template.image_digest[7:]]
+    async with open_engine(tmp_path / "bare") as second:
+        assert list(images.iterdir()) == []
+        assert nothing_of_it(second)
+        assert second.list_images() == []
+        arrived = await take(second, data)
+    async with open_engine(tmp_path / "bare") as third:
+        assert (await third.compatibility(arrived.id)).fork
+        assert len(third.list_images()) == 1

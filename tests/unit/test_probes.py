@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from stillframe.host import probes
+from stillframe.host.capacity import processor
 
 QEMU = shutil.which("qemu-system-x86_64")
 needs_qemu = pytest.mark.skipif(QEMU is None, reason="needs qemu-system-x86_64")
@@ -51,7 +52,34 @@ def test_a_missing_emulator_is_no_exception() -> None:
 def test_a_host_without_kvm_is_told_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """F37."""
     monkeypatch.setattr(probes, "_KVM", tmp_path / "kvm")
     works, reason = probes.kvm_works("qemu-system-x86_64")
     assert not works
     assert "kvm_intel" in reason
+
+
+CPUINFO = """processor\t: 0
+vendor_id\t: GenuineIntel
+cpu family\t: 6
+model\t\t: 85
+model name\t: Intel(R) Xeon(R) CPU @ 2.00GHz
+cpu MHz\t\t: {mhz}
+flags\t\t: {flags}
+
+processor\t: 1
+vendor_id\t: GenuineIntel
+"""
+
+
+def test_a_processor_is_told_by_what_a_guest_can_notice(tmp_path: Path) -> None:
+    def told(mhz: str, flags: str) -> str:
+        file = tmp_path / "cpuinfo"
+        file.write_text(CPUINFO.format(mhz=mhz, flags=flags))
+        return processor(file)
+
+    first = told("2000.1", "fpu sse2 avx")
+    assert first.startswith("GenuineIntel family 6 model 85 flags ")
+    assert told("3100.7", "avx fpu sse2") == first
+    assert told("2000.1", "fpu sse2") != first
+    assert processor(tmp_path / "nowhere") == ""

@@ -89,6 +89,7 @@ async def test_every_waiter_hears_of_a_death(sleeper: process.Process) -> None:
 
 
 async def test_a_process_is_adopted_by_its_identity_only(sleeper: process.Process) -> None:
+    """F29: another one with the same number is neither adopted nor ended."""
     adopted = process.adopt(sleeper.identity)
     assert adopted.alive
     for other in (

@@ -14,6 +14,7 @@ from hypeman import Hypeman
 from support.server import Server, eventually_empty, running_server, wait_running
 
 ROOT = Path(__file__).resolve().parents[2]
+PATTERN = ROOT / "tests/guest/pattern.c"
 
 
 @pytest.fixture(scope="session")
@@ -75,3 +76,16 @@ def redis_rootfs() -> Path:
         )  # fmt: skip
         building.rename(archive)
     return archive
+
+
+@pytest.fixture(scope="session")
+def pattern(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The guest program of tests/guest/pattern.c, statically linked."""
+    assert shutil.which("musl-gcc"), "musl-gcc is missing: run `make setup`"
+    binary = tmp_path_factory.mktemp("guest") / "pattern"
+    subprocess.run(
+        ["musl-gcc", "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE",
+         "-static", "-s", "-o", str(binary), str(PATTERN)],
+        check=True, timeout=120,
+    )  # fmt: skip
+    return binary

@@ -12,50 +12,10 @@ from typing import Any
 import pytest
 from hypeman import Hypeman
 
-from support.server import Server, eventually_empty, run_in, running_server, wait_running
+from support.pattern import check, writing_guest
+from support.server import Server, eventually_empty, run_in, running_server
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
-
-SOURCE = Path(__file__).resolve().parents[1] / "guest/pattern.c"
-MIB_WRITTEN = 96
-
-
-@pytest.fixture(scope="session")
-def pattern(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The guest program of tests/guest/pattern.c, statically linked."""
-    assert shutil.which("musl-gcc"), "musl-gcc is missing: run `make setup`"
-    binary = tmp_path_factory.mktemp("guest") / "pattern"
-    subprocess.run(
-        ["musl-gcc", "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE",
-         "-static", "-s", "-o", str(binary), str(SOURCE)],
-        check=True, timeout=120,
-    )  # fmt: skip
-    return binary
-
-
-def writing_guest(server: Server, client: Hypeman, name: str, pattern: Path, vcpus: int = 1) -> str:
-    """The id of a guest whose threads rewrite its memory for ever, once over at least."""
-    instance = client.instances.create(
-        name=name, image="stillframe/base", size="256MB", overlay_size="1GB", vcpus=vcpus
-    )
-    wait_running(client, instance.id)
-    copied = server.cli("cp", str(pattern), f"{name}:/root/pattern")
-    assert copied.returncode == 0, copied.stderr
-    start = (
-        f"chmod +x /root/pattern; setsid /root/pattern write /dev/shm/p {MIB_WRITTEN} {vcpus} "
-        "</dev/null >/dev/null 2>&1 & until [ -s /dev/shm/p ]; do usleep 20000; done"
-    )
-    run_in(client, instance.id, "sh", "-c", start)
-    while check(client, instance.id) < MIB_WRITTEN * 256:  # a first round over all of it
-        pass
-    return instance.id
-
-
-def check(client: Hypeman, instance_id: str) -> int:
-    """Have the guest check its memory; the pages it has written in its life."""
-    word, pages = run_in(client, instance_id, "/root/pattern", "check", "/dev/shm/p").split()
-    assert word == "good"
-    return int(pages)
 
 
 def sha256(path: Path) -> str:

@@ -7,7 +7,8 @@ from typing import Any, cast
 import pytest
 from hypeman import APIStatusError, Hypeman
 
-from support.server import run_in, wait_running
+from stillframe.model.values import CONTRACT_HYPERVISORS
+from support.server import reboot_in, run_in, wait_running
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
@@ -25,6 +26,9 @@ def test_a_microvm_is_frozen_forked_and_rolled_back(client: Hypeman, name: str) 
     fork = client.snapshots.fork(snapshot.id, name=f"{name}-fork")
     assert run_in(client, fork.id, "cat", "/run/token") == token
     assert run_in(client, fork.id, "hostname").strip() == f"{name}-fork"
+    run_in(client, fork.id, "sh", "-c", "echo disk > /root/file; sync")
+    reboot_in(client, fork.id)
+    assert run_in(client, fork.id, "cat", "/root/file").strip() == "disk"
 
     run_in(client, source.id, "rm", "/run/token")
     client.instances.standby(source.id)
@@ -65,6 +69,17 @@ def test_a_stopped_snapshot_crosses_hypervisors_and_comes_back(
     assert run_in(client, back.id, "sh", "-c", "ls /sys/bus/pci/devices | wc -l").strip() != "0"
     assert run_in(client, back.id, "hostname").strip() == f"{name}-back"
 
+    # In place too: the instance itself goes to the other hypervisor, with the disk it had.
+    client.instances.snapshots.restore(
+        first.id, id=running, target_state="Running",
+        target_hypervisor=cast(Any, "qemu-microvm"),
+    )  # fmt: skip
+    wait_running(client, running)
+    assert str(client.instances.get(running).hypervisor) == "qemu-microvm"
+    assert run_in(client, running, "cat", "/root/one").strip() == "one"
+    where = run_in(client, running, "readlink", "-f", "/sys/block/vda")
+    assert "pci" not in where  # on a virtio-mmio transport
+
 
 def test_memory_does_not_cross_hypervisors(client: Hypeman, running: str, name: str) -> None:
     snapshot = client.instances.snapshots.create(running, kind="Standby")
@@ -79,7 +94,7 @@ def test_memory_does_not_cross_hypervisors(client: Hypeman, running: str, name: 
 def test_every_hypervisor_of_the_contract_is_told_with_what_it_can_do(client: Hypeman) -> None:
     told = client.get("/capabilities", cast_to=cast(Any, object))
     runtimes = {runtime["name"]: runtime for runtime in cast(Any, told)["runtimes"]}
-    assert runtimes.keys() >= {"qemu", "qemu-microvm", "firecracker", "cloud-hypervisor"}
+    assert runtimes.keys() == set(CONTRACT_HYPERVISORS)
     for name, runtime in runtimes.items():
         if runtime["available"]:
             assert runtime["version"], name
@@ -87,3 +102,4 @@ def test_every_hypervisor_of_the_contract_is_told_with_what_it_can_do(client: Hy
             assert "fork" in runtime["features"], name
         else:
             assert runtime["reason"], name
+            assert runtime["hint"], name

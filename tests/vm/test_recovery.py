@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -31,13 +32,19 @@ def test_vms_outlive_the_server_and_are_adopted(own_server: Server) -> None:
     run_in(client, source.id, "sh", "-c", "echo secret > /run/memory-only")
     snapshot = client.instances.snapshots.create(source.id, kind="Standby")
     fork = client.snapshots.fork(snapshot.id, name="fork")
+    micro = client.instances.create(
+        name="micro", image="stillframe/base", size="256MB", overlay_size="1GB", vcpus=1,
+        hypervisor=cast(Any, "qemu-microvm"),
+    )  # fmt: skip
+    wait_running(client, micro.id)
+    run_in(client, micro.id, "sh", "-c", "echo secret > /run/memory-only")
     pids = own_server.vmm_pids()
-    assert len(pids) == 2
+    assert len(pids) == 3
 
     own_server.restart_after_kill()
     client = own_server.client()
     assert sorted(own_server.vmm_pids()) == sorted(pids)
-    for identifier in (source.id, fork.id):
+    for identifier in (source.id, fork.id, micro.id):
         assert client.instances.get(identifier).state == "Running"
         assert run_in(client, identifier, "cat", "/run/memory-only").strip() == "secret"
     assert [s.id for s in client.snapshots.list()] == [snapshot.id]

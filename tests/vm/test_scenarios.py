@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypeman import Hypeman
 
-from support.server import Server, run_in, wait_running
+from support.server import Server, reboot_in, run_in, wait_running
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
@@ -156,15 +156,7 @@ def test_a_reboot_inside_a_fork_boots_the_same_disk_again(
     run_in(client, running, "sh", "-c", "echo disk > /root/file; sync")
     snapshot = client.instances.snapshots.create(running, kind="Standby")
     fork = client.snapshots.fork(snapshot.id, name=f"{name}-fork")
-    boot = run_in(client, fork.id, "cat", "/proc/sys/kernel/random/boot_id")
-    run_in(
-        client, fork.id, "sh", "-c", "(sleep 0.2; echo b > /proc/sysrq-trigger) >/dev/null 2>&1 &"
-    )
-    deadline = time.monotonic() + 120
-    while client.instances.get(fork.id).state == "Running" and time.monotonic() < deadline:
-        time.sleep(0.1)
-    wait_running(client, fork.id)
-    assert run_in(client, fork.id, "cat", "/proc/sys/kernel/random/boot_id") != boot
+    reboot_in(client, fork.id)
     assert run_in(client, fork.id, "cat", "/root/file").strip() == "disk"
 
 

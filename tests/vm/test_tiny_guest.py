@@ -24,10 +24,12 @@ from stillframe.host.files import clone, create_sparse
 from stillframe.host.image import open_private
 from stillframe.host.memory import GuestMemory
 from stillframe.host.orphans import kill_orphans, processes_naming
+from stillframe.host.probes import landlock_version
 from stillframe.host.watch import file_changes
 from stillframe.model.errors import VmmFailure
 from stillframe.model.values import Hypervisor
 from stillframe.vmm.cloud_hypervisor.driver import CloudHypervisorDriver
+from stillframe.vmm.cloud_hypervisor.machine import CloudHypervisorMachine
 from stillframe.vmm.driver import (
     Disk,
     Driver,
@@ -37,6 +39,7 @@ from stillframe.vmm.driver import (
     MachineStatus,
 )
 from stillframe.vmm.firecracker.driver import FirecrackerDriver
+from stillframe.vmm.unix_http import Call
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
 SOURCE = Path(__file__).resolve().parents[1] / "guest" / "tiny.S"
@@ -201,6 +204,7 @@ async def test_a_vmm_outlives_us_and_is_adopted(driver: Driver, tiny: Path, tmp_
     async with running(driver, source) as machine:
         _, seen = await counted(source)
         await machine.close()
+        assert processes_naming(source.directory) == [machine.process.pid]
         adopted = await driver.adopt(machine.process, source)
         try:
             assert adopted.writes_memory == machine.writes_memory
@@ -245,6 +249,108 @@ async def test_a_vmm_that_dies_is_noticed_at_each_step(
             await machine.save_devices(tmp_path / "devices", source.memory_image)
 
 
+async def test_cloud_hypervisor_writes_no_memory_and_empties_no_log(
+    driver: Driver, tiny: Path, tmp_path: Path
+) -> None:
+    if driver.hypervisor is not Hypervisor.CLOUD_HYPERVISOR:
+        pytest.skip("another VMM")
+    source = resources_of(tmp_path / "source", tiny)
+    async with running(driver, source) as machine:
+        nonce, _ = await counted(source, more_than=2)
+        await machine.pause()
+        before = written_by(machine)
+        captured = await capture(machine, source, tmp_path / "captured")
+        assert written_by(machine) - before < 1 << 20
+        # It goes on after a snapshot that ended early, and can be captured again.
+        await machine.resume()
+        await counted(source, more_than=(await counted(source))[1])
+        await machine.pause()
+        await machine.save_devices(tmp_path / "again")
+        # No name leads out of its directory: what it has opened is all it will.
+        assert [path for path in source.directory.iterdir() if path.is_symlink()] == []
+    assert captured.device_state is not None
+    assert os.fsencode(tmp_path) not in captured.device_state.read_bytes()
+    said = source.console_log.read_bytes()  # a line for each number
+    here = replace(source, device_state=captured.device_state, memory_image=captured.memory_image)
+    async with running(driver, here) as machine:
+        await machine.resume()
+        assert (await counted(here, more_than=said.count(b"\n")))[0] == nonce
+    assert source.console_log.read_bytes().startswith(said)
+    with pytest.raises(VmmFailure, match="of another VM"):
+        await driver.start(replace(SPEC, vcpus=2), here)
+
+
+async def test_cloud_hypervisor_opens_nothing_but_its_own(
+    driver: Driver, tiny: Path, tmp_path: Path
+) -> None:
+    if driver.hypervisor is not Hypervisor.CLOUD_HYPERVISOR:
+        pytest.skip("another VMM")
+    if landlock_version() < 3:
+        pytest.skip("this kernel has no Landlock")
+    source = resources_of(tmp_path / "source", tiny)
+    create_sparse(source.directory / "own", 1 << 20)
+    create_sparse(tmp_path / "foreign", 1 << 20)
+    async with running(driver, source) as machine:
+        assert isinstance(machine, CloudHypervisorMachine)
+        for path, refused in (("own", False), (str(tmp_path / "foreign"), True)):
+            body = {"path": path, "image_type": "Raw"}
+            adding = machine.call(Call("PUT", "/api/v1/vm.add-disk", body))
+            if refused:
+                with pytest.raises(VmmFailure, match="Permission denied"):
+                    await adding
+            else:
+                await adding
+
+
+def written_by(machine: Machine) -> int:
+    """Bytes that the VMM has written so far, to whatever (/proc/PID/io of proc(5))."""
+    text = Path(f"/proc/{machine.process.pid}/io").read_text()
+    return int(text.split("wchar: ")[1].split()[0])
+
+
+@pytest.fixture
+def taps(tmp_path: Path) -> Iterator[list[str]]:
+    """Two tap devices of this host."""
+    names = [f"sf{uuid.uuid4().hex[:8]}" for _ in range(2)]
+    try:
+        for name in names:
+            made = subprocess.run(
+                ["ip", "tuntap", "add", "mode", "tap", "name", name],
+                capture_output=True, timeout=60, check=False,
+            )  # fmt: skip
+            if made.returncode != 0:
+                pytest.skip(f"no tap device can be made: {made.stderr.decode().strip()}")
+        yield names
+    finally:
+        kill_orphans(tmp_path, ())
+        for name in names:
+            subprocess.run(
+                ["ip", "link", "del", name], capture_output=True, timeout=60, check=False
+            )
+
+
+async def test_cloud_hypervisor_gives_a_fork_a_network_device_of_its_own(
+    driver: Driver, tiny: Path, tmp_path: Path, taps: list[str]
+) -> None:
+    if driver.hypervisor is not Hypervisor.CLOUD_HYPERVISOR:
+        pytest.skip("another VMM")
+    spec = replace(SPEC, network=True)
+    source = replace(resources_of(tmp_path / "source", tiny), tap=taps[0])
+    async with running(driver, source, spec) as machine:
+        nonce, _ = await counted(source)
+        await machine.pause()
+        captured = await capture(machine, source, tmp_path / "captured")
+        fork = replace(fork_of(captured, tmp_path / "fork"), tap=taps[1])
+        # While the first still holds its own: a device can be opened only once.
+        async with running(driver, fork, spec) as other:
+            await other.resume()
+            assert (await counted(fork, more_than=3))[0] == nonce
+            with pytest.raises(VmmFailure, match="busy"):
+                await driver.start(
+                    spec, replace(fork_of(captured, tmp_path / "third"), tap=taps[0])
+                )
+
+
 async def test_firecracker_lives_in_a_tree_of_its_own(
     driver: Driver, tiny: Path, tmp_path: Path
 ) -> None:
@@ -273,11 +379,7 @@ async def test_firecracker_lives_in_a_tree_of_its_own(
     assert not (fork.directory / "jail").exists()
 
 
-async def test_firecracker_maps_much_memory_in_parts(
-    driver: Driver, tiny: Path, tmp_path: Path
-) -> None:
-    if driver.hypervisor is not Hypervisor.FIRECRACKER:
-        pytest.skip("another VMM")
+async def test_much_memory_is_mapped_in_parts(driver: Driver, tiny: Path, tmp_path: Path) -> None:
     large = replace(SPEC, memory_bytes=4 << 30)
     source = resources_of(tmp_path / "source", tiny)
     os.truncate(source.memory_image, large.memory_bytes)
@@ -318,14 +420,32 @@ _start:
 """
 
 
-async def test_firecracker_tells_that_its_guest_reset(driver: Driver, tmp_path: Path) -> None:
-    if driver.hypervisor is not Hypervisor.FIRECRACKER:
+POWERS_OFF = RESETS.replace("movb $0xfe, %al", "movw $0x600, %dx; movb $0x34, %al").replace(
+    "outb %al, $0x64", "outb %al, %dx"
+)
+
+
+async def test_cloud_hypervisor_tells_that_its_guest_powered_off(
+    driver: Driver, tmp_path: Path
+) -> None:
+    if driver.hypervisor is not Hypervisor.CLOUD_HYPERVISOR:
         pytest.skip("another VMM")
+    (tmp_path / "off.S").write_text(POWERS_OFF)  # by ACPI's sleep control register
+    kernel = assembled(tmp_path / "off.S", tmp_path / "off")
+    source = resources_of(tmp_path / "of a, b", kernel)
+    async with running(driver, source) as machine:
+        await asyncio.wait_for(machine.wait_exit(), DEADLINE)
+        assert machine.shutdown_reason == "guest-shutdown"
+    assert "rror" not in source.vmm_log.read_text()
+
+
+async def test_a_guest_that_resets_ends_its_vmm(driver: Driver, tmp_path: Path) -> None:
     (tmp_path / "resets.S").write_text(RESETS)
     kernel = assembled(tmp_path / "resets.S", tmp_path / "resets")
     source = resources_of(tmp_path / "source", kernel)
     async with running(driver, source) as machine:
         await asyncio.wait_for(machine.wait_exit(), DEADLINE)
         assert machine.shutdown_reason == "guest-reset"
-    assert "exit_code=0" in source.vmm_log.read_text()
+    if driver.hypervisor is Hypervisor.FIRECRACKER:
+        assert "exit_code=0" in source.vmm_log.read_text()
     assert not (source.directory / "jail").exists()

@@ -282,7 +282,9 @@ def _application(
     """The API, behind what answers at the listener for metrics if there is one."""
     from stillframe.api.app import create_app
     from stillframe.api.border import MetricsListener
+    from stillframe.api.routes.images import sweep_uploads
 
+    sweep_uploads(settings.data_dir)
     app: ASGIApp = create_app(
         engine,
         jwt_secret=secret,

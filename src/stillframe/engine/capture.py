@@ -247,6 +247,7 @@ def manifest_facts(instance: Instance) -> dict[str, Any]:
         "hypervisor": instance.hypervisor.value,
         "hypervisor_version": instance.hypervisor_version,
         "accelerator": instance.accelerator,
+        "processor": instance.processor,
         "memory_bytes": instance.memory_bytes,
         "vcpus": instance.vcpus,
         "image_digest": instance.image_digest,

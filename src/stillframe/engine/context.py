@@ -25,7 +25,7 @@ from stillframe.model.units import new_id
 from stillframe.model.values import Hypervisor, Instance, Snapshot
 from stillframe.store.paths import DataDirectory, Payload
 from stillframe.store.records import Records
-from stillframe.vmm.driver import Driver, DriverProbe, Machine
+from stillframe.vmm.driver import Driver, DriverProbe, Machine, without_driver
 
 if TYPE_CHECKING:
     from stillframe.engine.keeping.compression import Compressor
@@ -154,9 +154,10 @@ class Context:
         """The driver and what it found here. Raises NotSupported with the reason if it cannot."""
         driver = self.drivers.get(hypervisor)
         if driver is None:
-            raise NotSupported(f"hypervisor {hypervisor.value} is not available in this build")
-        probe = await driver.probe()
-        if not probe.available:
+            probe = without_driver(hypervisor)
+        else:
+            probe = await driver.probe()
+        if driver is None or not probe.available:
             raise NotSupported(
                 f"hypervisor {hypervisor.value} is not available: {probe.reason}", hint=probe.hint
             )

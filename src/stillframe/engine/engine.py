@@ -41,6 +41,7 @@ from stillframe.images.library import ImageLibrary
 from stillframe.model.errors import Ambiguous, Conflict, NotFound
 from stillframe.model.states import InstanceState
 from stillframe.model.values import (
+    CONTRACT_HYPERVISORS,
     CompressionConfig,
     Hypervisor,
     Image,
@@ -51,7 +52,7 @@ from stillframe.model.values import (
 )
 from stillframe.store.paths import DataDirectory
 from stillframe.store.records import Records
-from stillframe.vmm.driver import Driver, DriverProbe
+from stillframe.vmm.driver import Driver, DriverProbe, without_driver
 
 Kept = TypeVar("Kept", Instance, Snapshot, Image)
 
@@ -124,8 +125,11 @@ class Engine(KeepingVerbs):
         self, *, state: InstanceState | None = None, tags: Mapping[str, str] | None = None
     ) -> list[Instance]:
         """All instances that match every given filter, oldest first."""
-        found = _tagged(self.context.records.instances.values(), tags)
-        return _by_age(i for i in found if state is None or i.state is state)
+        return _by_age(
+            i
+            for i in self.context.records.instances.values()
+            if state in (None, i.state) and _bears(i, tags)
+        )
 
     async def create(self, request: CreateRequest) -> Instance:
         """Boot a new instance; returns while it is still Initializing."""
@@ -243,10 +247,11 @@ class Engine(KeepingVerbs):
         """All snapshots that match every given filter, oldest first."""
         return _by_age(
             s
-            for s in _tagged(self.context.records.snapshots.values(), tags)
+            for s in self.context.records.snapshots.values()
             if source_instance_id in (None, s.source_instance_id)
             and kind in (None, s.kind)
             and name in (None, s.name)
+            and _bears(s, tags)
         )
 
     async def snapshot(
@@ -355,14 +360,15 @@ class Engine(KeepingVerbs):
         return self.context.telemetry.render()
 
     async def probe_drivers(self) -> list[DriverProbe]:
-        """What each hypervisor offers here, by name."""
-        probes = await asyncio.gather(*(d.probe() for d in self.context.drivers.values()))
+        """What each hypervisor of the contract offers here, or why it does not, by name."""
+        drivers = self.context.drivers
+        probes = await asyncio.gather(*(driver.probe() for driver in drivers.values()))
+        probes += [without_driver(name) for name in CONTRACT_HYPERVISORS if name not in drivers]
         return sorted(probes, key=lambda probe: probe.hypervisor.value)
 
 
-def _tagged(values: Iterable[Kept], tags: Mapping[str, str] | None) -> list[Kept]:
-    wanted = (tags or {}).items()
-    return [value for value in values if wanted <= dict(value.tags).items()]
+def _bears(value: Instance | Snapshot, tags: Mapping[str, str] | None) -> bool:
+    return not tags or tags.items() <= value.tags.items()
 
 
 def _by_age(values: Iterable[Kept]) -> list[Kept]:

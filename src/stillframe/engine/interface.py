@@ -324,4 +324,4 @@ class EngineInterface(KeepingInterface, Protocol):
         """All measurements in Prometheus' text format (version 0.0.4)."""
 
     async def probe_drivers(self) -> list[DriverProbe]:
-        """What each hypervisor offers here, by name."""
+        """What each hypervisor of the contract offers here, or why it does not, by name."""

@@ -32,7 +32,14 @@ from stillframe.model.errors import (
 from stillframe.model.states import InstanceState
 from stillframe.model.values import Hypervisor, Image, Instance
 from stillframe.store.paths import InstancePaths
-from stillframe.vmm.driver import DEVICE_LAYOUT, Disk, Machine, MachineResources, MachineSpec
+from stillframe.vmm.driver import (
+    DEVICE_LAYOUT,
+    Disk,
+    DriverProbe,
+    Machine,
+    MachineResources,
+    MachineSpec,
+)
 
 log = logging.getLogger("stillframe.machines")
 _NO_KERNEL = BootPair(digest="", kernel=Path("/dev/null"), initrd=Path("/dev/null"), arguments="")
@@ -127,22 +134,36 @@ async def boot(context: Context, instance: Instance, image: Image) -> Machine:
         return await driver.start(spec_of(instance), await resources_of(context, instance))
 
 
+def foreign_to(instance: Instance, probe: DriverProbe) -> list[str]:
+    """Why memory of ``instance`` cannot run under a hypervisor as it is here; empty if it can.
+
+    The host's processor counts only where guests see it, under KVM, and where it was recorded.
+    """
+    hypervisor = instance.hypervisor.value
+    facts = [
+        (f"with {hypervisor} version", instance.hypervisor_version, probe.version),
+        (f"with {hypervisor} accelerator", instance.accelerator, probe.accelerator),
+    ]
+    if instance.processor and probe.processor and instance.accelerator == probe.accelerator:
+        facts.append(("on the processor", instance.processor, probe.processor))
+    return [
+        f"its memory was captured {what} {then or 'unknown'}, this host has {here or 'none'}"
+        for what, then, here in facts
+        if then != here
+    ]
+
+
 async def load(context: Context, instance: Instance, devices: Path) -> Machine:
     """Start a VMM on the instance's memory image with loaded devices; the guest stands still.
 
     Raises NotSupported when memory made elsewhere cannot run here, VmmFailure.
     """
     driver, probe = await context.available_driver(instance.hypervisor)
-    for what, then, here in (
-        ("version", instance.hypervisor_version, probe.version),
-        ("accelerator", instance.accelerator, probe.accelerator),
-    ):
-        if then != here:
-            raise NotSupported(
-                f"memory was captured with {instance.hypervisor.value} {what} {then}, "
-                f"this host has {here}",
-                hint="fork a Stopped snapshot, or use the same hypervisor as at the capture",
-            )
+    if reasons := foreign_to(instance, probe):
+        raise NotSupported(
+            reasons[0],
+            hint="fork a Stopped snapshot, or use the same hypervisor as at the capture",
+        )
     async with context.starting():
         resources = await resources_of(context, instance, devices)
         try:
@@ -299,6 +320,7 @@ async def boot_and_commit(
         instance, InstanceState.INITIALIZING,
         boot_nonce=secrets.token_hex(8), boot=pair,
         hypervisor_version=probe.version, accelerator=probe.accelerator,
+        processor=probe.processor,
         device_layout=DEVICE_LAYOUT,
         started_at=context.now(), stopped_at=None, exit_code=None, exit_message=None,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -10,12 +11,30 @@ from pathlib import Path
 _MEMORY_TOTAL = re.compile(r"^MemTotal:\s+(\d+) kB$", re.MULTILINE)
 _PRIVATE = re.compile(r"^(?:RssAnon|VmSwap):\s+(\d+) kB$", re.MULTILINE)
 _DEFAULT_ROUTE = re.compile(r"^(\S+)\t00000000\t", re.MULTILINE)
+# The lines of /proc/cpuinfo (x86) that say what a guest may execute on it; all processors agree.
+_PROCESSOR = re.compile(r"^(vendor_id|cpu family|model|flags)\s*: (.*)$", re.MULTILINE)
 _MEGABIT_BYTES = 10**6 // 8
 
 
 def processors() -> int:
     """Processors this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The host's processor as guests under KVM see it: vendor, family, model, digest of its flags.
+
+    Empty where the kernel does not tell. Equal texts are processors that memory may move between.
+    """
+    told: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for name, value in _PROCESSOR.findall(cpuinfo.read_text(encoding="utf-8")):
+            told.setdefault(name, value)
+    if not {"vendor_id", "cpu family", "model", "flags"} <= told.keys():
+        return ""
+    flags = " ".join(sorted(told["flags"].split()))
+    digest = hashlib.blake2s(flags.encode(), digest_size=8).hexdigest()
+    return f"{told['vendor_id']} family {told['cpu family']} model {told['model']} flags {digest}"
 
 
 def memory_bytes() -> int:

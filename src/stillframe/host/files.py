@@ -20,6 +20,7 @@ from stillframe.model.errors import HostFailure, StorageFull
 
 FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 # linux/fs.h: struct fsxattr (flags, extsize, nextents, projid, cowextsize, padding).
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _FSGETXATTR, _FSSETXATTR, _XFLAG_COWEXTSIZE = 0x801C581F, 0x401C5820, 0x10000
 _FSXATTR = struct.Struct("=5L8x")
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2  # linux/falloc.h
@@ -291,6 +292,21 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     if result != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Swap two names in one step (renameat2(2), RENAME_EXCHANGE); both must be there.
+
+    It needs no space, so it works on a full disk too. Not durable yet. Raises OSError, also where
+    the file system cannot (it is in ext4, XFS, btrfs, tmpfs and overlayfs).
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(one), os.fsencode(other)
+    if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
 def atomic_write(path: Path, data: bytes, *, mode: int = 0o600) -> None:

@@ -8,6 +8,7 @@ switch of page tables, cpuid, SSE, and timer interrupts out of ``hlt``.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import tempfile
 from pathlib import Path
@@ -19,6 +20,8 @@ from stillframe.model.errors import StillframeError, Timeout
 _PASSED = 0x2A << 1 | 1
 _DEADLINE = 5.0  # seconds; the sector takes 0.2 under software emulation
 _KVM = Path("/dev/kvm")
+# landlock_create_ruleset(2), which has the same number on every architecture, and its flag.
+_LANDLOCK, _VERSION_ASKED = 444, 1
 # Assembled from probe_sector.S beside this file; the command is in its head.
 _CODE = bytes.fromhex(
     "fa31c08ed88ec08ed0bc007cfcbf0010b900146631c066f3abc70600100320c7"
@@ -101,3 +104,10 @@ def accelerator_works(qemu_binary: str, accelerator: str) -> tuple[bool, str]:
     words = done.stderr.decode(errors="replace").strip().splitlines()
     said = words[-1] if words else "no message"
     return False, f"{accelerator} does not run guests: QEMU ended with {done.returncode} ({said})"
+
+
+def landlock_version() -> int:
+    """The version of Landlock (landlock(7)) that this kernel offers; 0 for none."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    told: int = libc.syscall(ctypes.c_long(_LANDLOCK), None, ctypes.c_size_t(0), _VERSION_ASKED)
+    return max(told, 0)

@@ -16,7 +16,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -237,28 +237,28 @@ def spawn(
     arguments: Sequence[Argument],
     *,
     output: Path,
+    standard_output: Path | None = None,
     pass_fds: Sequence[int] = (),
     cwd: Path | None = None,
     extra_environment: Mapping[str, str] | None = None,
 ) -> Process:
     """Start a program that outlives us: own session, output appended to a file, no core dumps.
 
+    ``standard_output`` is another file for that, and leaves errors to ``output``.
     Raises MissingComponent, HostFailure.
     """
     command = [str(argument) for argument in arguments]
-    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    try:
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=cwd,
-            env=environment(extra_environment), pass_fds=tuple(pass_fds),
-            start_new_session=True, umask=0o077,
-        )  # fmt: skip
-    except FileNotFoundError as error:
-        raise missing_program(command[0]) from error
-    except OSError as error:
-        raise HostFailure(f"{command[0]} could not be started: {error.strerror}") from error
-    finally:
-        os.close(log)
+    with _appending(output) as errors, _appending(standard_output or output) as words:
+        try:
+            child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=words, stderr=errors, cwd=cwd,
+                env=environment(extra_environment), pass_fds=tuple(pass_fds),
+                start_new_session=True, umask=0o077,
+            )  # fmt: skip
+        except FileNotFoundError as error:
+            raise missing_program(command[0]) from error
+        except OSError as error:
+            raise HostFailure(f"{command[0]} could not be started: {error.strerror}") from error
     # Guest memory must not end up in a core file.
     if sys.platform != "darwin":  # there a VMM has to see to that itself
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -270,6 +270,16 @@ def spawn(
     except ProcessLookupError:
         started = 0  # it has ended already; wait() tells
     return Process(ProcessIdentity(child.pid, started, boot_id()), pidfd)
+
+
+@contextlib.contextmanager
+def _appending(path: Path) -> Iterator[int]:
+    """A descriptor of a log, for appending. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def adopt(identity: ProcessIdentity) -> Process:

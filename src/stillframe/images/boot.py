@@ -80,8 +80,7 @@ def build_boot_pair(kernel_dir: Path, agent_binary: Path, destination_root: Path
         raise _missing("the guest agent", agent_binary) from error
     kernel = tree.image.read_bytes()
     initrd = build_initrd(agent, select_modules(tree.modules))
-    hasher = blake3(b"stillframe boot pair 1\n" + struct.pack("<Q", len(kernel)))
-    digest = hasher.update(kernel).update(initrd).hexdigest()
+    digest = _digest_of(kernel, initrd)
     try:
         if not (destination_root / digest).is_dir():
             _publish(destination_root, digest, {"kernel": kernel, "initrd": initrd})
@@ -89,6 +88,30 @@ def build_boot_pair(kernel_dir: Path, agent_binary: Path, destination_root: Path
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageFull("no space for the boot pair", path=str(destination_root)) from error
         raise HostFailure(f"cannot write the boot pair: {error}") from error
+    return load_boot_pair(destination_root, digest)
+
+
+def _digest_of(kernel: bytes, initrd: bytes) -> str:
+    hasher = blake3(b"stillframe boot pair 1\n" + struct.pack("<Q", len(kernel)))
+    return hasher.update(kernel).update(initrd).hexdigest()
+
+
+def adopt_boot_pair(directory: Path, destination_root: Path, digest: str) -> BootPair:
+    """Keep the pair of files ``kernel`` and ``initrd`` in ``directory``, durably, under its digest.
+
+    One that is there already stays. Raises InvalidRequest when the files have another digest,
+    StorageFull, HostFailure.
+    """
+    try:
+        files = {name: (directory / name).read_bytes() for name in ("kernel", "initrd")}
+        if _digest_of(files["kernel"], files["initrd"]) != digest:
+            raise InvalidRequest("the kernel and initrd are not those that their digest names")
+        if not (destination_root / digest).is_dir():
+            _publish(destination_root, digest, files)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFull("no space for the boot pair", path=str(destination_root)) from error
+        raise HostFailure(f"cannot keep the boot pair: {error}") from error
     return load_boot_pair(destination_root, digest)
 
 

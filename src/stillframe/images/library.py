@@ -38,6 +38,7 @@ from stillframe.model.errors import (
     StillframeError,
 )
 from stillframe.model.values import Image, ImageConfig, ImageStatus
+from stillframe.store.records import Intent
 
 T = TypeVar("T")
 _DIGEST = re.compile(r"(?:sha256:)?[0-9a-f]{6,64}")
@@ -50,8 +51,8 @@ _BUSY = (ImageStatus.PENDING, ImageStatus.PULLING, ImageStatus.CONVERTING)
 class ImageRecords(Protocol):
     """What the library remembers images in, by name."""
 
-    def put(self, image: Image) -> None:
-        """Write an image under its name, durably."""
+    def put(self, image: Image, *, fulfils: str | None = None) -> None:
+        """Write an image under its name, durably, removing the intent ``fulfils`` with it."""
 
     def get(self, name: str) -> Image | None:
         """The image of that name."""
@@ -59,8 +60,17 @@ class ImageRecords(Protocol):
     def list(self) -> list[Image]:
         """All images, oldest first."""
 
-    def delete(self, name: str) -> None:
-        """Forget a name. Raises NotFound."""
+    def delete(self, name: str, intent: Intent | None = None, *, can_wait: bool = False) -> None:
+        """Forget a name, with ``intent`` (to remove its disk) at once. Raises NotFound.
+
+        With ``can_wait`` it is done durably later if it cannot be now.
+        """
+
+    def intend(self, intent: Intent) -> None:
+        """Record durably that something begins."""
+
+    def fulfil(self, subject: str) -> None:
+        """Remove an intent, if there is one of that subject."""
 
 
 @dataclass(slots=True)
@@ -260,10 +270,19 @@ class ImageLibrary:
     async def _commit(self, image: Image, staging: Path, layered: LayeredImage | None) -> Image:
         digest, config = await _in_thread(lambda: _build(staging, layered))
         self._write_config(staging, image, digest, config)
-        home = self._home(digest)
-        with storage_errors("keep an image"):
-            await _in_thread(lambda: _publish(staging, home))
-        return self._adopt(image, digest)
+        home, intent = self._home(digest), _intent("make image", digest)
+        there = self._disk_exists(digest)
+        self._records.intend(intent)
+        try:
+            with storage_errors("keep an image"):
+                await _in_thread(lambda: _publish(staging, home))
+            return self._adopt(image, digest, fulfils=intent.subject)
+        except BaseException:
+            # What lay there already may be somebody's: a disk can outlive its name.
+            if not there and not self._named(digest):
+                remove_tree(home)
+            self._records.fulfil(intent.subject)
+            raise
 
     @staticmethod
     def _write_config(staging: Path, image: Image, digest: str, config: ImageConfig) -> None:
@@ -271,14 +290,14 @@ class ImageLibrary:
         with storage_errors("keep an image"):
             (staging / "config.json").write_text(json.dumps(document | {"config": asdict(config)}))
 
-    def _adopt(self, image: Image, digest: str) -> Image:
+    def _adopt(self, image: Image, digest: str, *, fulfils: str | None = None) -> Image:
         ready = replace(
             self._load(digest),
             name=image.name,
             created_at=image.created_at,
             tags=image.tags,
         )
-        self._records.put(ready)
+        self._records.put(ready, fulfils=fulfils)
         return ready
 
     def _load(self, digest: str) -> Image:
@@ -361,27 +380,52 @@ class ImageLibrary:
         name = str(reference)
         if reference.is_builtin or self._records.get(name) is not None or name in self._pulls:
             name = str(parse_reference(f"local/image-{home.name[:12]}"))
-        with storage_errors("keep an image"):
-            remove_tree(home)
-            staging.rename(home)
-            fsync_directory(self._root)
         image = replace(image, name=name, created_at=datetime.now(UTC))
-        self._records.put(image)
+        try:
+            with storage_errors("keep an image"):
+                remove_tree(home)
+                staging.rename(home)
+                fsync_directory(self._root)
+            self._records.put(image)
+        except BaseException:
+            remove_tree(home)
+            raise
         return image
+
+    def remove_unnamed(self, digest: str) -> None:
+        """Remove the disk of an image that no name has; nobody uses it. Raises OSError."""
+        if not self._named(digest):
+            remove_tree(self._home(digest))
+
+    def _named(self, digest: str, *, but: str = "") -> bool:
+        return any(i.digest == digest and i.name != but for i in self._records.list())
+
+    def disown(self, digest: str) -> None:
+        """Take back what ``adopt`` did, or began, when nobody can have used it. Raises OSError."""
+        for image in self._records.list():
+            if image.digest == digest:
+                self._records.delete(image.name, can_wait=True)
+        remove_tree(self._home(digest))
 
     # -- ending -----------------------------------------------------------------------------------
     def delete(self, reference: str) -> None:
         """Forget a name, end its pull, and remove its disk when no other name has it.
 
-        The caller has checked that nothing runs on it. Raises NotFound, InvalidRequest.
+        The caller has checked that nothing runs on it. Raises NotFound, InvalidRequest, HostFailure
+        when files of it cannot be removed (it is deleted all the same).
         """
         image = self.find(reference)
         pull = self._pulls.get(image.name)
         if pull is not None:
             pull.task.cancel()
-        self._records.delete(image.name)
-        if image.digest and all(i.digest != image.digest for i in self._records.list()):
+        if not image.digest or self._named(image.digest, but=image.name):
+            self._records.delete(image.name)
+            return
+        intent = _intent("delete image", image.digest)
+        self._records.delete(image.name, intent)
+        with storage_errors("remove the files of the image; the next start will"):
             remove_tree(self._home(image.digest))
+        self._records.fulfil(intent.subject)
 
     async def close(self) -> None:
         """Cancel what is under way and wait until it is undone."""
@@ -415,6 +459,11 @@ def _read(home: Path, digest: str) -> Image:
     return Image(
         name, digest, ImageStatus.READY, made, platform, size_bytes=status.st_size, config=config
     )
+
+
+def _intent(verb: str, digest: str) -> Intent:
+    """While it lasts, a disk that no name has is removed at the next start."""
+    return Intent(f"image {secrets.token_hex(8)}", verb, {"image": digest})
 
 
 def _publish(staging: Path, home: Path) -> None:

@@ -24,6 +24,9 @@ class Hypervisor(StrEnum):
     FAKE = "fake"
 
 
+CONTRACT_HYPERVISORS = tuple(one for one in Hypervisor if one is not Hypervisor.FAKE)
+
+
 class SnapshotKind(StrEnum):
     """``Standby`` holds memory, devices and disks; ``Stopped`` holds disks."""
 
@@ -123,6 +126,7 @@ class Instance:
 
     ``image`` is the reference as requested, ``image_digest`` what it resolved to.
     ``accelerator`` is ``kvm``, ``tcg`` or ``none``: memory made under one cannot run under another.
+    ``processor`` is the one its guest sees (``vmm/driver.py``), empty where that is not known.
     ``device_layout`` says which devices its VM has, and where (``vmm/driver.py``).
     ``boot`` names the kernel and initrd pair (a digest) the disks and memory belong to.
     ``boot_nonce`` marks the console lines of the boot its memory descends from.
@@ -146,6 +150,7 @@ class Instance:
     vcpus: int
     hypervisor_version: str = ""
     accelerator: str = ""
+    processor: str = ""
     device_layout: int = 1
     boot: str = ""
     platform: str = "linux/amd64"

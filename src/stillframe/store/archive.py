@@ -44,21 +44,27 @@ class Part(IntEnum):
     MANIFEST = 1
     ABOUT = 2
     IMAGE = 3
+    BOOT = 4
     MEMORY_TABLE = 16
     OVERLAY_TABLE = 18
     ROOT_TABLE = 20
+    KERNEL_TABLE = 22
+    INITRD_TABLE = 23
     MEMORY = 32
     DEVICES = 33
     OVERLAY = 34
     ROOT = 36
     CONFIG = 37
+    KERNEL = 38
+    INITRD = 39
     TRAILER = 255
 
 
 PARTS = frozenset(int(part) for part in Part)
-DOCUMENTS = (Part.MANIFEST, Part.ABOUT, Part.IMAGE)
+DOCUMENTS = (Part.MANIFEST, Part.ABOUT, Part.IMAGE, Part.BOOT)
 PAYLOAD_FILES = {"memory": Part.MEMORY, "devices": Part.DEVICES, "overlay.raw": Part.OVERLAY}
 IMAGE_FILES = {"root.squashfs": Part.ROOT, "config.json": Part.CONFIG}
+BOOT_FILES = {"kernel": Part.KERNEL, "initrd": Part.INITRD}
 SMALL_FILES = ("devices", "config.json")  # one digest as a whole, no table
 
 

@@ -16,6 +16,7 @@ from stillframe.host.threads import in_order
 from stillframe.model.errors import InvalidRequest
 from stillframe.model.values import CompressionAlgorithm
 from stillframe.store.archive import (
+    BOOT_FILES,
     FRAME,
     HEAD,
     IMAGE_FILES,
@@ -58,8 +59,11 @@ _START = Position()
 
 
 @dataclass(frozen=True, slots=True)
-class ImageParts:
-    """The image to go with a snapshot: its digest, and its files by their names in the archive."""
+class Companion:
+    """What goes with a snapshot (its image, or its boot pair): its digest, and its files.
+
+    The files have their names in the archive.
+    """
 
     digest: str
     files: Mapping[str, Path]
@@ -69,7 +73,8 @@ def export(
     payload: Payload,
     *,
     about: Mapping[str, Any] | None = None,
-    image: ImageParts | None = None,
+    image: Companion | None = None,
+    boot: Companion | None = None,
     position: Position = _START,
     level: int = 1,
     threads: int | None = None,
@@ -83,7 +88,7 @@ def export(
     snapshot without digest tables; OSError.
     """
     with contextlib.ExitStack() as stack:
-        sources = _sources(payload, about, image, stack, threads)
+        sources = _sources(payload, about, {Part.IMAGE: image, Part.BOOT: boot}, stack, threads)
         encode = encoder(CompressionAlgorithm.ZSTD, level)
         if position.offset == 0:
             yield HEAD
@@ -161,7 +166,7 @@ class _Found:
 def _sources(
     payload: Payload,
     about: Mapping[str, Any] | None,
-    image: ImageParts | None,
+    companions: Mapping[Part, Companion | None],
     stack: contextlib.ExitStack,
     threads: int | None,
 ) -> list[_Source]:
@@ -189,8 +194,9 @@ def _sources(
         found.file(part, reader, _open_table(payload, name, entry, stack))
     if about is not None:
         found.document(Part.ABOUT, json.dumps(about, sort_keys=True).encode())
-    if image is not None:
-        found.document(Part.IMAGE, _image(image, found, stack, threads))
+    for part, companion in companions.items():
+        if companion is not None:
+            found.document(part, _companion(companion, found, stack, threads))
     return found.in_order()
 
 
@@ -211,13 +217,13 @@ def _open_table(
     return table
 
 
-def _image(
-    image: ImageParts, found: _Found, stack: contextlib.ExitStack, threads: int | None
+def _companion(
+    companion: Companion, found: _Found, stack: contextlib.ExitStack, threads: int | None
 ) -> bytes:
-    """Add the files of the image; the document that describes them."""
+    """Add the files of a companion; the document that describes them."""
     entries = {}
-    for name, path in image.files.items():
-        part = IMAGE_FILES[name]
+    for name, path in companion.files.items():
+        part = (IMAGE_FILES | BOOT_FILES)[name]
         reader = stack.enter_context(FileReader(path))
         if name in SMALL_FILES:
             content = read_small(path, MAX_SMALL)
@@ -229,7 +235,7 @@ def _image(
             reader.size, table=table_name(name), table_blake3=blake3(table).hexdigest()
         )
         found.file(part, reader, BytesReader(table_name(name), table))
-    return encode_manifest(entries, {"digest": image.digest})
+    return encode_manifest(entries, {"digest": companion.digest})
 
 
 def _pieces(

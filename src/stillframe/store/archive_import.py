@@ -23,6 +23,7 @@ from stillframe.host.files import create_new, read_exactly, write_fully, write_s
 from stillframe.model.errors import DamagedData, InvalidRequest
 from stillframe.model.values import CompressionAlgorithm
 from stillframe.store.archive import (
+    BOOT_FILES,
     DOCUMENTS,
     FRAME,
     HEAD,
@@ -67,12 +68,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """A complete import: its documents, the image's files in the directory, bytes of all files."""
+    """A complete import: its documents, bytes of all files, and what came along.
+
+    That are the names of the image's and the boot pair's files in the directory.
+    """
 
     manifest: dict[str, Any]
     about: dict[str, Any] | None
     image: dict[str, Any] | None
+    boot: dict[str, Any] | None
     image_files: tuple[str, ...]
+    boot_files: tuple[str, ...]
     size: int
 
 
@@ -111,6 +117,7 @@ class Importer:
         self._manifest_bytes = b""
         self._about: dict[str, Any] | None = None
         self._image: dict[str, Any] | None = None
+        self._boot: dict[str, Any] | None = None
         self._size = 0
         self._buffer = bytearray()
         self._step: Callable[[bytes], None] = self._take_head
@@ -152,6 +159,11 @@ class Importer:
     def image(self) -> dict[str, Any] | None:
         """The manifest of the image that comes along, if it has come."""
         return self._image
+
+    @property
+    def boot(self) -> dict[str, Any] | None:
+        """The manifest of the kernel and initrd that come along, if it has come."""
+        return self._boot
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the stream, in pieces of any length.
@@ -260,10 +272,13 @@ class Importer:
                 raise self._refused("has a document that is no object")
             self._about = about
             return
-        manifest = parse_manifest(content, _MANIFEST if part is Part.MANIFEST else "image")
+        manifest = parse_manifest(content, _MANIFEST if part is Part.MANIFEST else part.name)
         if part is Part.MANIFEST:
             self._manifest, self._manifest_bytes = manifest, content
             self._create_files(file_entries(manifest), PAYLOAD_FILES)
+        elif part is Part.BOOT:
+            self._boot = manifest
+            self._create_files(file_entries(manifest), BOOT_FILES)
         else:
             self._image = manifest
             self._create_files(file_entries(manifest), IMAGE_FILES)
@@ -375,9 +390,14 @@ class Importer:
             os.fsync(file.fd)
         self._write_manifest()
         self._close()
+        return Imported(
+            self._manifest, self._about, self._image, self._boot,
+            self._arrived(IMAGE_FILES), self._arrived(BOOT_FILES), self._size,
+        )  # fmt: skip
+
+    def _arrived(self, known: Mapping[str, Part]) -> tuple[str, ...]:
         names = {file.name for file in self._files.values()}
-        image = [n for name in IMAGE_FILES for n in (name, table_name(name)) if n in names]
-        return Imported(self._manifest, self._about, self._image, tuple(image), self._size)
+        return tuple(n for name in known for n in (name, table_name(name)) if n in names)
 
     def _write_manifest(self) -> None:
         building = f".{_MANIFEST}.new"

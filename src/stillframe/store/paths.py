@@ -97,6 +97,11 @@ class InstancePaths:
         return self.directory / "config.raw"
 
     @property
+    def restored(self) -> Path:
+        """Marks a state that was put in place of another, until that is given up."""
+        return self.directory / ".restored"
+
+    @property
     def standby(self) -> Payload:
         """Memory and devices while in Standby."""
         return Payload(self.directory / "standby")
@@ -157,12 +162,12 @@ class DataDirectory:
         return InstancePaths(self.instances / _checked(instance_id))
 
     def instance_staged(self, instance_id: str) -> InstancePaths:
-        """Where the new state of an instance is prepared during a restore in place."""
-        return InstancePaths(self.instances / f".{_checked(instance_id)}.restoring")
+        """The other state of an instance during a restore in place.
 
-    def instance_previous(self, instance_id: str) -> InstancePaths:
-        """Where the old state of an instance waits until the restored one runs."""
-        return InstancePaths(self.instances / f".{_checked(instance_id)}.previous")
+        First the new one is prepared there; then the two are swapped, and the old one waits there
+        until the restored one runs. Which is which tells ``InstancePaths.restored``.
+        """
+        return InstancePaths(self.instances / f".{_checked(instance_id)}.restoring")
 
     def snapshot(self, snapshot_id: str) -> Payload:
         """The payload of a snapshot. Raises NotFound for what is no id (path traversal)."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +42,11 @@ from stillframe.store.manifest import (
     file_entries,
     read_manifest,
     read_small,
-    table_name,
 )
 from stillframe.store.paths import Payload
 from stillframe.store.readers import FileReader, Reader
+
+_ADDING_TABLES = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +80,28 @@ def seal(
 def add_tables(payload: Payload) -> dict[str, Any]:
     """Bring the manifest of a payload without digest tables (format 1) up to date; the manifest.
 
-    What lies there now is taken as right. Raises DamagedData, OSError.
+    What lies there now is taken as right; its device state gets a digest as a whole. One at a time.
+    Raises DamagedData, OSError.
     """
-    manifest = check(payload)
-    entries = file_entries(manifest)
-    missing = {n for n, entry in entries.items() if not entry.table and not entry.blake3}
-    if missing:
-        for name in missing:
-            payload.table(name).unlink(missing_ok=True)
-            with open_content(payload, name) as reader:
-                digest = write_table(reader, payload.table(name))
-            fsync_file(payload.table(name))
-            size = entries[name].size
-            entries[name] = FileEntry(size, table=table_name(name), table_blake3=digest)
-        facts = {k: v for k, v in manifest.items() if k not in {"format", "files"}}
-        atomic_write(payload.manifest, encode_manifest(entries, facts))
-    return read_manifest(payload.manifest)
+    with _ADDING_TABLES:
+        manifest = check(payload)
+        entries = file_entries(manifest)
+        missing = [name for name, entry in entries.items() if lacks_digests(name, entry)]
+        if missing:
+            for name in missing:
+                payload.table(name).unlink(missing_ok=True)
+                entries[name] = _entry(payload, name, None)
+                if entries[name].table is not None:
+                    fsync_file(payload.table(name))
+            facts = {k: v for k, v in manifest.items() if k not in {"format", "files", "blake3"}}
+            atomic_write(payload.manifest, encode_manifest(entries, facts))
+            fsync_directory(payload.directory)
+        return read_manifest(payload.manifest)
+
+
+def lacks_digests(name: str, entry: FileEntry) -> bool:
+    """Whether a file has not the digests it has in format 2: a table, or one for device state."""
+    return entry.blake3 is None if name == "devices" else entry.table is None
 
 
 def _entry(payload: Payload, name: str, known_table: str | None) -> FileEntry:

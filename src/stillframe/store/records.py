@@ -30,6 +30,10 @@ from stillframe.model.values import Image, Instance, Snapshot
 
 T = TypeVar("T")
 Statement = tuple[str, tuple[str, ...]]
+_PUT_SCHEDULE = (
+    "INSERT INTO schedules (instance_id, document) VALUES (?, ?) "
+    "ON CONFLICT (instance_id) DO UPDATE SET document = excluded.document"
+)
 _PUT_INSTANCE = (
     "INSERT INTO instances (id, name, document) VALUES (?, ?, ?) "
     "ON CONFLICT (id) DO UPDATE SET name = excluded.name, document = excluded.document"
@@ -314,14 +318,14 @@ class Records:
                 )
 
     # -- schedules ----------------------------------------------------------------------------
-    def put_schedule(self, schedule: Schedule) -> None:
-        """Write a schedule durably under its instance's id."""
-        with self.transaction() as sql:
-            sql.execute(
-                "INSERT INTO schedules (instance_id, document) VALUES (?, ?) "
-                "ON CONFLICT (instance_id) DO UPDATE SET document = excluded.document",
-                (schedule.instance_id, to_json(schedule)),
-            )
+    def put_schedule(self, schedule: Schedule, *, can_wait: bool = False) -> None:
+        """Write a schedule durably under its instance's id; ``can_wait`` as in ``put_instance``."""
+        put = (_PUT_SCHEDULE, (schedule.instance_id, to_json(schedule)))
+        if can_wait:
+            self._now_or_later(put)
+        else:
+            with self.transaction() as sql:
+                sql.execute(*put)
         self.schedules[schedule.instance_id] = schedule
 
     def drop_schedule(self, instance_id: str) -> None:
@@ -331,14 +335,18 @@ class Records:
         self.schedules.pop(instance_id, None)
 
     # -- images -------------------------------------------------------------------------------
-    def put(self, image: Image) -> None:
-        """Write an image under its name."""
+    def put(self, image: Image, *, fulfils: str | None = None) -> None:
+        """Write an image under its name, removing the intent of subject ``fulfils`` with it."""
         with self.transaction() as sql:
             sql.execute(
                 "INSERT OR REPLACE INTO images (name, digest, document) VALUES (?, ?, ?)",
                 (image.name, image.digest, to_json(image)),
             )
+            if fulfils is not None:
+                sql.execute("DELETE FROM intents WHERE subject = ?", (fulfils,))
         self._images[image.name] = image
+        if fulfils is not None:
+            self.intents.pop(fulfils, None)
 
     def get(self, name: str) -> Image | None:
         """The image of that name."""
@@ -348,13 +356,24 @@ class Records:
         """All images, oldest first."""
         return sorted(self._images.values(), key=lambda image: image.created_at)
 
-    def delete(self, name: str) -> None:
-        """Forget an image name. Raises NotFound."""
+    def delete(self, name: str, intent: Intent | None = None, *, can_wait: bool = False) -> None:
+        """Forget an image name; with ``intent`` in the same transaction. Raises NotFound.
+
+        With ``can_wait`` it is forgotten durably later if it cannot be now.
+        """
         if name not in self._images:
             raise NotFound(f"no image {name!r}")
-        with self.transaction() as sql:
-            sql.execute("DELETE FROM images WHERE name = ?", (name,))
+        forget: Statement = ("DELETE FROM images WHERE name = ?", (name,))
+        if can_wait:
+            self._now_or_later(forget)
+        else:
+            with self.transaction() as sql:
+                sql.execute(*forget)
+                if intent is not None:
+                    self._insert_intent(sql, intent)
         del self._images[name]
+        if intent is not None:
+            self.intents[intent.subject] = intent
 
     # -- intents ------------------------------------------------------------------------------
     def intend(self, intent: Intent) -> None:
@@ -362,6 +381,17 @@ class Records:
         with self.transaction() as sql:
             self._insert_intent(sql, intent)
         self.intents[intent.subject] = intent
+
+    def amend(self, subject: str, facts: Mapping[str, str]) -> None:
+        """Add facts to an intent durably, before what they announce. Raises as ``transaction``."""
+        intent = self.intents[subject]
+        amended = replace(intent, facts={**intent.facts, **facts})
+        with self.transaction() as sql:
+            sql.execute(
+                "UPDATE intents SET document = ? WHERE subject = ?",
+                (json.dumps(dict(amended.facts)), subject),
+            )
+        self.intents[subject] = amended
 
     def fulfil(self, subject: str) -> None:
         """Remove an intent: its verb is done or undone."""

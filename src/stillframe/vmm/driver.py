@@ -24,6 +24,7 @@ class DriverProbe:
     """What a hypervisor offers on this host, as found by trying.
 
     ``reason`` says in a sentence why it is unavailable, ``hint`` how to mend it.
+    ``processor`` is what its guests see as theirs: the host's under KVM, a model by name otherwise.
     ``features`` uses the contract's runtime feature ids (snapshots, standby, fork, pause, ...).
     """
 
@@ -31,9 +32,20 @@ class DriverProbe:
     available: bool
     version: str = ""
     accelerator: str = ""
+    processor: str = ""
     features: tuple[str, ...] = ()
     reason: str | None = None
     hint: str | None = None
+
+
+def without_driver(hypervisor: Hypervisor) -> DriverProbe:
+    """What is found of a hypervisor of the contract for which there is no driver."""
+    return DriverProbe(
+        hypervisor,
+        False,
+        reason=f"this version of Stillframe has no driver for {hypervisor.value}",
+        hint="use another hypervisor",
+    )
 
 
 # The devices that a VM booted now gets. Memory loads only into the layout it was captured with, so

@@ -34,11 +34,12 @@ def give_names(resources: MachineResources, others: Mapping[str, Path]) -> list[
     return names
 
 
-def remove_names(directory: Path) -> None:
-    """Remove the names, and sockets with them. No error when there are none."""
+def remove_names(directory: Path, *, sockets: bool = True) -> None:
+    """Remove the names, and ``sockets`` with them. No error when there are none."""
     with contextlib.suppress(OSError):
         for path in list(directory.iterdir()):
-            if path.is_socket() or (path.is_symlink() and path.suffix == _SUFFIX):
+            name = path.is_symlink() and path.suffix == _SUFFIX
+            if name or (sockets and path.is_socket()):
                 path.unlink(missing_ok=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ router = APIRouter(route_class=ScopedRoute, tags=["images"])
 
 _LISTING: dict[str, Any] = {**needs("image:read"), "parameters": [TAGS_QUERY]}
 _WRITE_BYTES = 1024 * 1024
+_UPLOAD_PREFIX = "upload-"
 _UPLOAD: dict[str, Any] = {
     **needs("image:write"),
     "requestBody": {
@@ -108,12 +110,27 @@ async def delete_image(engine: Engine, name: str) -> Response:
     return Response(status_code=204)
 
 
+def sweep_uploads(directory: Path) -> None:
+    """Remove what a killed server had received of images."""
+    for holder in directory.glob(f"{_UPLOAD_PREFIX}*"):
+        _remove(holder)
+
+
 @contextmanager
 def _upload_file(directory: Path | None) -> Iterator[tuple[Path, IO[bytes]]]:
-    with tempfile.TemporaryDirectory(prefix="upload-", dir=directory) as holder:
-        path = Path(holder) / "image.tar"
+    holder = Path(tempfile.mkdtemp(prefix=_UPLOAD_PREFIX, dir=directory))
+    try:
+        path = holder / "image.tar"
         with path.open("xb") as file:
             yield path, file
+    finally:
+        _remove(holder)
+
+
+def _remove(holder: Path) -> None:
+    """Remove a directory, if need be at the second attempt; else the next start does it."""
+    for _ in range(2):
+        shutil.rmtree(holder, ignore_errors=True)
 
 
 async def _receive(request: Request, file: IO[bytes], limit: int) -> None:

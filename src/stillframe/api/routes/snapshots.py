@@ -35,6 +35,7 @@ from stillframe.api.schemas.snapshots import (
     SnapshotCreateBody,
     SnapshotEditBody,
     SnapshotRestoreBody,
+    respond_snapshots,
 )
 from stillframe.engine.keeping.interface import ExportedArchive
 from stillframe.model.errors import InvalidRequest, InvalidState, NameConflict, StillframeError
@@ -127,12 +128,12 @@ async def list_snapshots(
     source_instance_id: str | None = None,
     kind: SnapshotKind | None = None,
     name: str | None = None,
-) -> JSONResponse:
+) -> Response:
     """List snapshots, oldest first."""
     found = engine.list_snapshots(
         source_instance_id=source_instance_id, kind=kind, name=name, tags=tags or None
     )
-    return respond_list([SnapshotAnswer.of(snapshot) for snapshot in found])
+    return respond_snapshots(found)
 
 
 @router.get(

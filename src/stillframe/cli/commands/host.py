@@ -1,7 +1,7 @@
 """``stillframe doctor``: what this machine has, what it lacks, and how to mend it.
 
-Reads what is on this machine directly, and asks a running server what its hypervisors offer. The
-reflink probe of ``host`` is imported lazily (an exception named in the house test).
+Reads what is on this machine directly, and asks a running server what its hypervisors offer. What
+it takes from ``host`` is imported lazily (exceptions named in the house test).
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def doctor(context: typer.Context, as_json: JsonFlag = False) -> None:
 
 def _local_findings(settings: Settings) -> Iterator[Finding]:
     yield _program(settings.qemu_binary, "qemu-system-x86", "runs virtual machines")
+    yield _optional(settings.firecracker_binary, "firecracker", settings.programs_dir)
+    yield _optional(settings.cloud_hypervisor_binary, "cloud-hypervisor", settings.programs_dir)
     for name, (package, purpose) in _PROGRAMS.items():
         yield _program(name, package, purpose)
     yield _kernel(settings.kernel_dir)
@@ -78,6 +80,17 @@ def _program(name: str, package: str, purpose: str) -> Finding:
     if found:
         return Finding(name, "ok", found)
     return Finding(name, "fail", f"missing; it {purpose}", f"apt-get install {package}")
+
+
+def _optional(name: str, hypervisor: str, installed: Path) -> Finding:
+    """A hypervisor that nobody needs: whether its program is there, not whether it works."""
+    from stillframe.host.programs import find_program
+
+    found = find_program(name, installed)
+    if found:
+        return Finding(hypervisor, "ok", found)
+    missing = f"{name} is not installed; guests can do without"
+    return Finding(hypervisor, "warn", missing, f"stillframe setup {hypervisor}")
 
 
 def _tracker(library: Path) -> Finding:
@@ -155,8 +168,11 @@ def _server_findings(client: Client) -> Iterator[Finding]:
         return
     yield Finding("server", "ok", f"{client.base_url}, version {answer['server']['version']}")
     for runtime in answer.get("runtimes", []):
-        name, features = f"hypervisor {runtime['name']}", ", ".join(runtime.get("features", []))
+        name = f"hypervisor {runtime['name']}"
         if runtime["available"]:
-            yield Finding(name, "ok", features or "available")
+            features = ", ".join(runtime.get("features") or ["available"])
+            what = f"{runtime.get('version')} on {runtime.get('accelerator')}: {features}"
+            yield Finding(name, "ok", what)
         else:
-            yield Finding(name, "warn", "not available", str(runtime.get("hint") or ""))
+            reason = str(runtime.get("reason") or "not available")
+            yield Finding(name, "warn", reason, str(runtime.get("hint") or ""))

@@ -20,9 +20,10 @@ from typing import Any, TypeVar
 
 from stillframe.engine.context import Context, Phases
 from stillframe.engine.keeping.expanded import cancellable
+from stillframe.engine.keeping.quota import check_free
 from stillframe.engine.telemetry import Operation
-from stillframe.host.files import storage_errors
-from stillframe.model.errors import InvalidRequest, StillframeError
+from stillframe.host.files import allocated_bytes, storage_errors
+from stillframe.model.errors import HostFailure, InvalidRequest, StillframeError, StorageFull
 from stillframe.model.states import InstanceState
 from stillframe.model.values import (
     CompressionAlgorithm,
@@ -117,6 +118,7 @@ class Compressor:
         self._context = context
         self.sleep = sleep
         self._jobs: dict[str, asyncio.Task[None]] = {}
+        self._lacking_space: set[str] = set()  # snapshots and instances, to be tried again
         count = context.settings.max_concurrent_compressions
         self._places = asyncio.Semaphore(count)
         # Threads of their own: they are nice for good, and so are the threads that they start.
@@ -124,8 +126,11 @@ class Compressor:
 
     def open(self) -> None:
         """Go on with what an earlier server left undone."""
-        for snapshot in self._context.records.snapshots.values():
-            self.want_snapshot(snapshot)
+        for snapshot in list(self._context.records.snapshots.values()):
+            if snapshot.compression_state is CompressionState.ERROR:
+                self._try_again(snapshot.id)  # whatever it was may have been mended meanwhile
+            else:
+                self.want_snapshot(snapshot)
         for instance in self._context.records.instances.values():
             self.want_standby(instance)
 
@@ -144,6 +149,31 @@ class Compressor:
         """Compress a committed standby image when it is due, if the record says so."""
         if instance.state is InstanceState.STANDBY and instance.standby_compression is not None:
             self._start(instance.id, self._standby)
+
+    def space_freed(self) -> None:
+        """Try again what found no space, if there is some now: something has been deleted.
+
+        What is tried and finds too little is put off again.
+        """
+        for key in sorted(self._lacking_space):
+            self._lacking_space.discard(key)
+            self._try_again(key)
+
+    def _put_off(self, key: str, error: Exception) -> None:
+        if isinstance(error, StorageFull):
+            self._lacking_space.add(key)
+
+    def _try_again(self, key: str) -> None:
+        snapshot = self._context.records.snapshots.get(key)
+        instance = self._context.records.instances.get(key)
+        if snapshot is not None:
+            with contextlib.suppress(HostFailure):  # it stays as it is known to be
+                self._update(
+                    key, compression_state=CompressionState.COMPRESSING, compression_error=None
+                )
+                self.want_snapshot(self._context.snapshot(key))
+        elif instance is not None:
+            self.want_standby(instance)
 
     async def cancel(self, key: str) -> None:
         """Break off the compression for a snapshot or instance and wait for its end."""
@@ -185,6 +215,7 @@ class Compressor:
                 compression_state=CompressionState.ERROR,
                 compression_error=_told(error, f"snapshot {snapshot_id}"),
             )
+            self._put_off(snapshot_id, error)
         else:
             self._update(snapshot_id, size_bytes=size.size, stored_bytes=size.stored, **facts)
 
@@ -204,10 +235,12 @@ class Compressor:
         if due is not None and (wait := due - self._context.now()) > timedelta(0):
             await self.sleep(wait.total_seconds())
         try:
-            await self._compress(self._context.data.instance(instance_id).standby, config)
+            standby = self._context.data.instance(instance_id).standby
+            await self._compress(standby, config)
         except Exception as error:
             told = _told(error, f"the standby image of {instance_id}")
             self._context.note(instance_id, f"the standby image stays as it is: {told}")
+            self._put_off(instance_id, error)
         else:
             self._context.note(instance_id, "standby image compressed")
             self._context.announce(instance_id)
@@ -224,6 +257,7 @@ class Compressor:
                 phases = Phases()
                 with storage_errors("compress the memory image"):
                     if await self._in_thread(lambda _: _prepare(payload)) is None:
+                        check_free(self._context, allocated_bytes(payload.memory))
                         with phases.measure("compress"):
                             await self._in_thread(lambda stop: _build(payload, config, stop))
                         with phases.measure("switch"):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from stillframe.engine.context import Context
+from stillframe.engine.keeping.quota import check_free
 from stillframe.host.files import storage_errors
 from stillframe.store import compression
 from stillframe.store.manifest import damaged, file_entries, read_manifest
@@ -51,7 +52,11 @@ def link_in_place(source: Path, destination: Path) -> None:
     replacement = destination.with_name(f"{destination.name}.new")
     replacement.unlink(missing_ok=True)
     replacement.hardlink_to(source)
-    replacement.replace(destination)
+    try:
+        replacement.replace(destination)
+    except BaseException:
+        replacement.unlink(missing_ok=True)
+        raise
 
 
 @dataclass(slots=True, eq=False)
@@ -182,7 +187,14 @@ class ExpandedImages:
                 building.rename(image)
 
         with storage_errors("expand the memory image"):
+            check_free(self._context, await asyncio.to_thread(_data_bytes, compressed))
             await cancellable(work)
+
+
+def _data_bytes(compressed: Path) -> int:
+    """What the expanded image will take: frames of zeros become holes."""
+    with compression.CompressedReader(compressed) as reader:
+        return sum(end - start for start, end in reader.data(0, reader.size))
 
 
 async def _unlink(path: Path) -> None:

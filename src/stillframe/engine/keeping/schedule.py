@@ -328,7 +328,7 @@ class Scheduler:
             last_error=error,
         )
         if current is not None:
-            self._context.records.put_schedule(finished)
+            self._context.records.put_schedule(finished, can_wait=True)  # it has happened
         return finished
 
     def _settle(self, schedule: Schedule) -> None:

@@ -98,7 +98,7 @@ def _template(context: Context, told: Snapshot, manifest: Mapping[str, Any]) -> 
     check_command_text(template.entrypoint, template.cmd)
     texts = (
         template.image, template.platform, template.accelerator, template.hypervisor_version,
-        template.boot_nonce,
+        template.boot_nonce, template.processor,
     )  # fmt: skip
     ids = (template.id, template.parent_snapshot_id, template.parent_instance_id)
     good = (
@@ -136,6 +136,7 @@ def _check_agreement(template: Instance, manifest: Mapping[str, Any]) -> None:
         "hypervisor": template.hypervisor.value,
         "hypervisor_version": template.hypervisor_version,
         "accelerator": template.accelerator,
+        "processor": template.processor,
         "memory_bytes": template.memory_bytes,
         "vcpus": template.vcpus,
         "image_digest": template.image_digest,

@@ -20,6 +20,7 @@ from stillframe.engine.keeping.steps import Steps
 from stillframe.engine.moving.about import snapshot_told
 from stillframe.engine.moving.compatibility import machine_reasons
 from stillframe.host.files import fsync_directory, remove_tree, storage_errors
+from stillframe.images.boot import adopt_boot_pair
 from stillframe.model.errors import (
     Conflict,
     DamagedData,
@@ -31,10 +32,12 @@ from stillframe.model.errors import (
 from stillframe.model.units import MIB, check_name
 from stillframe.model.values import Snapshot, SnapshotKind
 from stillframe.store.archive_import import Imported, Importer, Limits
+from stillframe.store.manifest import file_entries
 from stillframe.store.paths import Payload
 from stillframe.store.payloads import PayloadSize, measure, publish
 from stillframe.store.records import Intent
 
+_MAX_BOOT_PAIR = 512 * MIB  # it is read as a whole
 _PIECE = MIB  # bytes taken in one step
 _LOOK = 64 * MIB  # bytes after which the free space is looked at again
 
@@ -129,6 +132,8 @@ class Arrival:
             arrived = await self._steps.run(importer.finish)
             if arrived.image_files:
                 await self._steps.run(_take_image, context, self._building, arrived, image)
+            if arrived.boot_files:
+                await self._steps.run(_take_boot_pair, context, self._building, arrived)
             size = await self._steps.run(_publish, self._building, self._final)
         taken = replace(self._told, size_bytes=size.size, stored_bytes=size.stored)
         _commit(context, taken, image if arrived.image_files else None)
@@ -211,7 +216,8 @@ class _Judge:
         ):
             raise _name_taken(told)
         self._check_image(told)
-        reasons, _ = await machine_reasons(self.context, told)
+        comes = self._check_boot_pair(told)
+        reasons, _ = await machine_reasons(self.context, told, boot_pair_comes=comes)
         if told.kind is SnapshotKind.STANDBY and reasons and not self.wishes.allow_foreign:
             raise Conflict(
                 f"the snapshot cannot run here: {'; '.join(reasons)}",
@@ -220,6 +226,17 @@ class _Judge:
                 reasons=reasons,
             )
         return told
+
+    def _check_boot_pair(self, told: Snapshot) -> bool:
+        """Whether the archive brings the kernel and initrd along; if so, it must be that pair."""
+        coming = self.importer.boot
+        if coming is None:
+            return False
+        sizes = [entry.size for entry in file_entries(coming).values()]
+        complete = set(coming["files"]) == {"kernel", "initrd"} and sum(sizes) <= _MAX_BOOT_PAIR
+        if coming.get("digest") != told.template.boot or not complete:
+            raise InvalidRequest("the archive's kernel and initrd are not those of the snapshot")
+        return True
 
     def _check_image(self, told: Snapshot) -> None:
         coming, wanted = self.importer.image, told.template.image_digest
@@ -253,6 +270,18 @@ def _take_image(context: Context, building: Payload, arrived: Imported, image: P
     fsync_directory(building.directory)
 
 
+def _take_boot_pair(context: Context, building: Payload, arrived: Imported) -> None:
+    """Keep the kernel and initrd, which are named by what they are, and take them out.
+
+    Like those made here they stay for good: other snapshots may come to need them.
+    """
+    digest = str((arrived.boot or {}).get("digest"))
+    adopt_boot_pair(building.directory, context.data.system, digest)
+    for name in arrived.boot_files:
+        (building.directory / name).unlink()
+    fsync_directory(building.directory)
+
+
 def _publish(building: Payload, final: Payload) -> PayloadSize:
     size = measure(building)
     publish(building, final)
@@ -261,17 +290,19 @@ def _publish(building: Payload, final: Payload) -> PayloadSize:
 
 def _commit(context: Context, taken: Snapshot, image: Path | None) -> None:
     """Add the image if it is needed, then the record. Nothing else happens in between."""
-    digest, added = taken.template.image_digest, None
+    digest, added = taken.template.image_digest, False
     check_space(context, 0, written_bytes=taken.stored_bytes)
     if not _has_image(context, digest):
         if image is None:
             raise _image_missing(taken)  # deleted meanwhile
-        added = context.images.adopt(image, digest)
+        context.records.amend(taken.id, {"image": digest})  # a crash takes it back with the rest
+        context.images.adopt(image, digest)
+        added = True
     try:
         context.records.put_snapshot(taken)
     except BaseException as error:
-        if added is not None:
-            context.images.delete(added.name)
+        if added:
+            context.images.disown(digest)
         if isinstance(error, NameConflict):
             raise _name_taken(taken) from error
         raise

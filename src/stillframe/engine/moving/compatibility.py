@@ -1,13 +1,15 @@
 """Whether a snapshot can be forked on this host, and if not, why: asked before anything is tried.
 
-Memory runs only under the hypervisor, version and accelerator that it was captured with, and with
-the same kernel and initrd. A disk runs anywhere.
+Memory runs only under the hypervisor, version and accelerator that it was captured with, on the
+same processor where guests see the host's, and with the same kernel and initrd. A disk runs
+anywhere.
 """
 
 from __future__ import annotations
 
 from stillframe.engine.context import Context
 from stillframe.engine.keeping.interface import Compatibility
+from stillframe.engine.machines import foreign_to
 from stillframe.model.errors import MissingComponent, NotFound, NotSupported, StillframeError
 from stillframe.model.values import Hypervisor, Instance, Snapshot, SnapshotKind
 from stillframe.vmm.driver import DEVICE_LAYOUT
@@ -32,10 +34,18 @@ def image_reasons(context: Context, snapshot: Snapshot) -> list[str]:
     return against
 
 
-async def machine_reasons(context: Context, snapshot: Snapshot) -> tuple[list[str], list[str]]:
-    """Why this host's hypervisors cannot run the snapshot, and advice for where they can."""
+async def machine_reasons(
+    context: Context, snapshot: Snapshot, *, boot_pair_comes: bool = False
+) -> tuple[list[str], list[str]]:
+    """Why this host's hypervisors cannot run the snapshot, and advice for where they can.
+
+    ``boot_pair_comes`` says that its kernel and initrd need not be here: they come along.
+    """
     if snapshot.kind is SnapshotKind.STANDBY:
-        return await _memory_reasons(context, snapshot.template), []
+        against, advice = await _memory_reasons(context, snapshot.template)
+        if not boot_pair_comes and not await _has_boot_pair(context, snapshot.template):
+            against.append("its memory belongs to a kernel and initrd that are not here")
+        return against, advice
     available = [
         driver.hypervisor.value
         for driver in context.drivers.values()
@@ -49,32 +59,28 @@ async def machine_reasons(context: Context, snapshot: Snapshot) -> tuple[list[st
     return [], [f"{wanted} is not available: fork it with target_hypervisor {available[0]}"]
 
 
-async def _memory_reasons(context: Context, template: Instance) -> list[str]:
-    hypervisor = template.hypervisor.value
+async def _memory_reasons(context: Context, template: Instance) -> tuple[list[str], list[str]]:
     try:
         _, probe = await context.available_driver(template.hypervisor)
     except NotSupported as error:
-        return [error.message]
-    reasons = [
-        f"its memory was captured with {hypervisor} {what} {then or 'unknown'}, "
-        f"this host has {here or 'none'}"
-        for what, then, here in (
-            ("version", template.hypervisor_version, probe.version),
-            ("accelerator", template.accelerator, probe.accelerator),
+        return [error.message], []
+    reasons, advice = foreign_to(template, probe), []
+    if template.accelerator == "kvm" and not template.processor:
+        advice.append(
+            "it is not known on which processor its memory was captured: its guest may find "
+            "instructions missing on another"
         )
-        if then != here
-    ]
     if template.device_layout > DEVICE_LAYOUT:
         reasons.append(
             f"its memory was captured with device layout {template.device_layout}, "
             f"this version knows layouts up to {DEVICE_LAYOUT}"
         )
-    if template.hypervisor is not Hypervisor.FAKE and not await _has_boot_pair(context, template):
-        reasons.append("its memory belongs to a kernel and initrd that are not here")
-    return reasons
+    return reasons, advice
 
 
 async def _has_boot_pair(context: Context, template: Instance) -> bool:
+    if template.hypervisor is Hypervisor.FAKE and not template.boot:
+        return True  # it needs none
     try:
         await context.boot_pair(template.boot)
     except MissingComponent:

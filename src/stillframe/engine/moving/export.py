@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,13 +16,15 @@ from stillframe.engine.context import Context
 from stillframe.engine.keeping.steps import Steps
 from stillframe.engine.keeping.verify import refuse_damaged
 from stillframe.host.files import storage_errors
-from stillframe.model.errors import Conflict, InvalidRequest
+from stillframe.images.boot import load_boot_pair
+from stillframe.model.errors import Conflict, InvalidRequest, MissingComponent
 from stillframe.model.units import MIB
-from stillframe.model.values import CompressionState, Snapshot
+from stillframe.model.values import CompressionState, Snapshot, SnapshotKind
 from stillframe.store.archive import HEAD
-from stillframe.store.archive_export import ImageParts, export
-from stillframe.store.manifest import MAX_MANIFEST, read_small
+from stillframe.store.archive_export import Companion, export
+from stillframe.store.manifest import MAX_MANIFEST, file_entries, read_manifest, read_small
 from stillframe.store.paths import Payload
+from stillframe.store.payloads import PayloadSize, add_tables, lacks_digests, measure
 from stillframe.store.records import to_json
 
 _PIECE = MIB  # bytes read in one step
@@ -95,20 +98,22 @@ async def export_snapshot(
     when ``tag`` names another archive, InvalidRequest for an offset beyond the end.
     """
     async with contextlib.AsyncExitStack() as undo:
-        async with context.using(snapshot_id) as snapshot:
-            refuse_damaged(snapshot)
-            payload, parts = context.data.snapshot(snapshot_id), None
-            if image:
-                parts = _image_of(context, snapshot)
+        async with context.using(snapshot_id) as found:
+            refuse_damaged(found)
+            snapshot = await _with_digests(context, found)
+            payload = context.data.snapshot(snapshot_id)
+            parts = _image_of(context, snapshot) if image else None
+            boot = _boot_pair_of(context, snapshot)
             about = about_of(snapshot)
-            present = _tag(payload, about, parts)
+            present = _tag(payload, about, (parts, boot))
             if tag not in (None, present):
                 raise Conflict(
                     "the snapshot's archive is another one by now",
                     hint="begin from the start",
                     tag=present,
                 )
-            archive = Archive(snapshot, present, export(payload, about=about, image=parts))
+            stream = export(payload, about=about, image=parts, boot=boot)
+            archive = Archive(snapshot, present, stream)
             undo.push_async_callback(archive.close)
             await archive.open()
         await archive.skip(offset)
@@ -116,10 +121,45 @@ async def export_snapshot(
     return archive
 
 
-def _image_of(context: Context, snapshot: Snapshot) -> ImageParts:
+async def _with_digests(context: Context, snapshot: Snapshot) -> Snapshot:
+    """Give a snapshot of manifest format 1 the digests that an archive needs; its record then.
+
+    What lies there is taken as right: nothing else can vouch for it. Raises DamagedData,
+    StorageFull, HostFailure.
+    """
+    payload = context.data.snapshot(snapshot.id)
+
+    def add() -> PayloadSize | None:
+        entries = file_entries(read_manifest(payload.manifest))
+        if not any(lacks_digests(name, entry) for name, entry in entries.items()):
+            return None
+        add_tables(payload)
+        return measure(payload)
+
+    with storage_errors("add digests to the snapshot"):
+        size = await asyncio.to_thread(add)
+    known = context.records.snapshots.get(snapshot.id)
+    if size is None or known is None:  # deleted meanwhile: what is open goes out all the same
+        return snapshot
+    context.records.update_snapshot(replace(known, size_bytes=size.size, stored_bytes=size.stored))
+    return context.snapshot(snapshot.id)
+
+
+def _image_of(context: Context, snapshot: Snapshot) -> Companion:
     digest = snapshot.template.image_digest
     root = context.images.root_disk(digest)
-    return ImageParts(digest, {p.name: p for p in (root, root.parent / "config.json")})
+    return Companion(digest, {p.name: p for p in (root, root.parent / "config.json")})
+
+
+def _boot_pair_of(context: Context, snapshot: Snapshot) -> Companion | None:
+    """The kernel and initrd that its memory needs, if they are here: another host may have none."""
+    if snapshot.kind is not SnapshotKind.STANDBY or not snapshot.template.boot:
+        return None
+    try:
+        pair = load_boot_pair(context.data.system, snapshot.template.boot)
+    except MissingComponent:
+        return None
+    return Companion(pair.digest, {"kernel": pair.kernel, "initrd": pair.initrd})
 
 
 def about_of(snapshot: Snapshot) -> dict[str, Any]:
@@ -141,10 +181,11 @@ def about_of(snapshot: Snapshot) -> dict[str, Any]:
     return {"snapshot": json.loads(to_json(told))}
 
 
-def _tag(payload: Payload, about: dict[str, Any], image: ImageParts | None) -> str:
+def _tag(payload: Payload, about: dict[str, Any], companions: Iterable[Companion | None]) -> str:
     """What the whole stream follows from, as one word."""
     digest = blake3(HEAD + stillframe.__version__.encode() + b"\0")
     digest.update(read_small(payload.manifest, MAX_MANIFEST))
     digest.update(json.dumps(about, sort_keys=True).encode())
-    digest.update(b"\0" + (image.digest if image is not None else "").encode())
+    for companion in companions:
+        digest.update(b"\0" + (companion.digest if companion is not None else "").encode())
     return digest.hexdigest(32)[:32]

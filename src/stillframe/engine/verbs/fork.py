@@ -27,6 +27,7 @@ from stillframe.engine.wait import reached
 from stillframe.host.files import (
     begin_clone,
     copy_into,
+    fsync_data,
     fsync_directory,
     fsync_file,
     remove_tree,
@@ -83,6 +84,23 @@ async def target_hypervisor_of(
         )
     await context.available_driver(wanted)
     return wanted
+
+
+async def template_under(context: Context, snapshot: Snapshot, hypervisor: Hypervisor) -> Instance:
+    """The snapshot's record under a hypervisor, with what that one is like if it is another.
+
+    Raises NotSupported.
+    """
+    if hypervisor is snapshot.template.hypervisor:
+        return snapshot.template
+    _, probe = await context.available_driver(hypervisor)
+    return replace(
+        snapshot.template,
+        hypervisor=hypervisor,
+        hypervisor_version=probe.version,
+        accelerator=probe.accelerator,
+        processor=probe.processor,
+    )
 
 
 async def fork_snapshot(context: Context, snapshot_id: str, request: ForkRequest) -> Instance:
@@ -149,9 +167,8 @@ async def _fork_one(
         return await context.warm.claim(warm, request, tags, phases)
     payload = context.data.snapshot(snapshot.id)
     memory = payload if snapshot.kind is SnapshotKind.STANDBY else None
-    source = Source(
-        replace(snapshot.template, hypervisor=hypervisor), payload.overlay, memory, snapshot.id
-    )
+    template = await template_under(context, snapshot, hypervisor)
+    source = Source(template, payload.overlay, memory, snapshot.id)
     with phases.measure("check"):
         await asyncio.shield(checked)  # it is the siblings' too
     child = child_of(context, source, request, tags)
@@ -261,19 +278,14 @@ async def make_disks(
 ) -> asyncio.Future[None]:
     """The directory of a fork with its disks; ``undo`` removes it.
 
-    Where the file system cannot share blocks, the writable disk is still being copied on return:
-    a VMM can be started meanwhile. It is whole when the future is done. Raises StorageFull, and so
-    does the future.
+    On return the writable disk is not durable yet, and where the file system cannot share blocks
+    it is still being copied: a VMM can be started meanwhile. The future is done when it is whole
+    and durable. Raises StorageFull, and so does the future.
     """
     whole = await asyncio.to_thread(_begin_disks, context, child, source, undo)
-    rest = _nothing() if whole else asyncio.to_thread(_fill_disk, context, child, source)
-    disk = asyncio.ensure_future(rest)
+    disk = asyncio.ensure_future(asyncio.to_thread(_finish_disk, context, child, source, whole))
     undo.push_async_callback(asyncio.wait, [disk])
     return disk
-
-
-async def _nothing() -> None:
-    """Nothing is left to be done."""
 
 
 def _begin_disks(
@@ -289,9 +301,16 @@ def _begin_disks(
         return whole
 
 
-def _fill_disk(context: Context, child: Instance, source: Source) -> None:
+def _finish_disk(context: Context, child: Instance, source: Source, whole: bool) -> None:
+    paths = context.data.instance(child.id)
     with storage_errors("clone the disk"):
-        copy_into(source.overlay, context.data.instance(child.id).overlay)
+        if not whole:
+            copy_into(source.overlay, paths.overlay)
+        # Before the record says that there is such an instance. The record's own flush, for which
+        # the guest has to wait, then finds little left to do.
+        fsync_data(paths.overlay)
+        fsync_directory(paths.directory)
+        fsync_directory(paths.directory.parent)
 
 
 async def _bring_to(

@@ -14,7 +14,7 @@ from stillframe.engine.machines import (
     identify_guest,
     resources_of,
 )
-from stillframe.engine.verbs.restore_snapshot import put_back
+from stillframe.engine.verbs.restore_snapshot import give_up, put_back
 from stillframe.host.files import remove_tree
 from stillframe.host.orphans import kill_orphans, processes_naming
 from stillframe.images.disk import sweep_templates
@@ -43,7 +43,8 @@ async def recover(context: Context) -> None:
     for intent in list(context.records.intents.values()):
         try:
             await asyncio.to_thread(_undo_files, context, intent)
-        except OSError as error:  # the others can be had nevertheless
+            _undo_image(context, intent)
+        except (OSError, StillframeError) as error:  # the others can be had nevertheless
             log.error("%s of %s cannot be undone yet: %s", intent.verb, intent.subject, error)
             continue
         _undo_records(context, intent)
@@ -90,8 +91,23 @@ def _undo_files(context: Context, intent: Intent) -> None:
         case "delete snapshot":
             remove_tree(data.snapshot(subject).directory)
         case "restore snapshot":
-            put_back(data.instance(subject), data.instance_previous(subject))
-            remove_tree(data.instance_staged(subject).directory)
+            put_back(data.instance(subject), data.instance_staged(subject))
+
+
+def _undo_image(context: Context, intent: Intent) -> None:
+    """Remove an image that was being made or deleted, or came along with a snapshot.
+
+    It stays if somebody has come to use it.
+    """
+    digest, records = intent.facts.get("image"), context.records
+    templates = [snapshot.template for snapshot in records.snapshots.values()]
+    used = any(i.image_digest == digest for i in [*records.instances.values(), *templates])
+    if digest is None or used or records.damaged:
+        return
+    if intent.verb == "import snapshot":
+        context.images.disown(digest)
+    else:
+        context.images.remove_unnamed(digest)
 
 
 def _undo_records(context: Context, intent: Intent) -> None:
@@ -105,14 +121,15 @@ def _undo_records(context: Context, intent: Intent) -> None:
 async def _settle(context: Context, instance: Instance) -> None:
     """Adopt the VMM of one instance, or record that it is gone; clear what a crash left."""
     paths = context.data.instance(instance.id)
-    leftovers = [paths.standby_new.directory, context.data.instance_previous(instance.id).directory]
+    leftovers = [paths.standby_new.directory]
     if instance.state is not InstanceState.STANDBY:
         leftovers.append(paths.standby.directory)
-    for leftover in leftovers:
-        try:
+    try:
+        give_up(paths, context.data.instance_staged(instance.id))
+        for leftover in leftovers:
             remove_tree(leftover)
-        except OSError as error:  # it takes room, and keeps nobody from running
-            log.error("%s cannot be removed: %s", leftover, error)
+    except OSError as error:  # it takes room, and keeps nobody from running
+        log.error("what %s does not need any more cannot be removed: %s", instance.name, error)
     if not instance.state.has_vmm:
         clear_remains(paths)
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from dataclasses import replace
 
@@ -16,9 +17,10 @@ from stillframe.engine.keeping.verify import refuse_damaged
 from stillframe.engine.loaded import run_loaded
 from stillframe.engine.machines import boot_and_commit, end
 from stillframe.engine.telemetry import Operation
-from stillframe.engine.verbs.fork import target_hypervisor_of, target_of
+from stillframe.engine.verbs.fork import target_hypervisor_of, target_of, template_under
 from stillframe.host.files import (
     clone,
+    exchange,
     fsync_directory,
     fsync_file,
     remove_tree,
@@ -31,6 +33,8 @@ from stillframe.model.values import Hypervisor, Instance, Snapshot
 from stillframe.store.paths import InstancePaths, Payload
 from stillframe.store.payloads import check, memory_file, share_memory, without_file
 from stillframe.store.records import Intent
+
+log = logging.getLogger("stillframe.restore")
 
 
 async def restore_snapshot(
@@ -57,7 +61,8 @@ async def restore_snapshot(
         refuse_damaged(snapshot)
         payload = context.data.snapshot(snapshot_id)
         await asyncio.to_thread(check, payload)
-        restored = _restored(context, instance, snapshot, hypervisor)
+        template = await template_under(context, snapshot, hypervisor)
+        restored = _restored(instance, snapshot, template)
         await context.compressor.cancel(instance_id)
         with contextlib.ExitStack() as undo:
             undo.callback(context.compressor.want_standby, instance)
@@ -76,18 +81,15 @@ def check_own(snapshot: Snapshot, instance_id: str) -> None:
         )
 
 
-def _restored(
-    context: Context, instance: Instance, snapshot: Snapshot, hypervisor: Hypervisor
-) -> Instance:
+def _restored(instance: Instance, snapshot: Snapshot, template: Instance) -> Instance:
     """The snapshot's record under the instance's identity, its life cleared."""
     return replace(
-        snapshot.template,
+        template,
         id=instance.id,
         name=instance.name,
         created_at=instance.created_at,
         phase_since=instance.phase_since,
         phase_durations_ms=instance.phase_durations_ms,
-        hypervisor=hypervisor,
         process=None,
         started_at=None,
         stopped_at=None,
@@ -108,22 +110,29 @@ async def _swap(
 ) -> Instance:
     data, phases = context.data, Phases()
     current, staged = data.instance(instance.id), data.instance_staged(instance.id)
-    previous = data.instance_previous(instance.id)
+
+    def take_back() -> None:
+        """If this fails the intent stays, and the next server does it."""
+        put_back(current, staged)
+        context.records.fulfil(instance.id)
+
+    with storage_errors("begin the restore"):
+        current.restored.unlink(missing_ok=True)  # an earlier restore's, or it would mislead
     async with contextlib.AsyncExitStack() as undo:
         context.records.intend(Intent(instance.id, "restore snapshot", {}))
-        undo.callback(context.records.fulfil, instance.id)
-        undo.callback(remove_tree, staged.directory)
+        undo.callback(take_back)
         with phases.measure("disk"), storage_errors("stage the snapshot"):
             await asyncio.to_thread(_stage, current, staged, payload, target)
         with storage_errors("put the restored state in place"):
-            current.directory.rename(previous.directory)
-            undo.callback(put_back, current, previous)
-            staged.directory.rename(current.directory)
+            exchange(staged.directory, current.directory)
             fsync_directory(data.instances)
         undo.push_async_callback(end, context, instance.id)
         result = await _run(context, restored, payload, target, phases)
         undo.pop_all()
-    await asyncio.to_thread(remove_tree, previous.directory)
+    try:
+        await asyncio.to_thread(give_up, current, staged)
+    except OSError as error:  # it is restored all the same; the next start removes the rest
+        log.warning("what %s was before cannot be removed: %s", instance.name, error)
     context.expanded.sweep()
     return result
 
@@ -134,6 +143,7 @@ def _stage(
     """Build the restored instance directory beside the current one; its logs are shared."""
     remove_tree(staged.directory)
     (staged.directory / "logs").mkdir(parents=True, mode=0o700)
+    staged.restored.touch()
     for log in (current.directory / "logs").iterdir():
         os.link(log, staged.directory / "logs" / log.name)
     clone(payload.overlay, staged.overlay)
@@ -149,12 +159,28 @@ def _stage(
     fsync_directory(staged.directory)
 
 
-def put_back(current: InstancePaths, previous: InstancePaths) -> None:
-    """Give an instance its old state again after a failed or interrupted restore."""
-    if previous.directory.exists():
-        remove_tree(current.directory)
-        previous.directory.rename(current.directory)
-        fsync_directory(current.directory.parent)
+def put_back(current: InstancePaths, staged: InstancePaths) -> None:
+    """Give an instance its old state again after a failed or interrupted restore.
+
+    It can be interrupted, and asked for again. Raises OSError, HostFailure; then the old state is
+    still in one of the two places.
+    """
+    with storage_errors("put the old state back"):
+        if current.restored.exists():
+            exchange(staged.directory, current.directory)
+            fsync_directory(current.directory.parent)
+        remove_tree(staged.directory)
+
+
+def give_up(current: InstancePaths, staged: InstancePaths) -> None:
+    """Remove the old state, once the record tells of the restored one. Raises OSError.
+
+    What cannot be removed is tried once more.
+    """
+    remove_tree(staged.directory)
+    with contextlib.suppress(OSError):
+        current.restored.unlink(missing_ok=True)
+    current.restored.unlink(missing_ok=True)
 
 
 async def _run(

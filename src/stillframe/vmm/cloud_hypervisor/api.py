@@ -1,7 +1,7 @@
 """The requests Cloud Hypervisor is sent, as data (its openapi/cloud-hypervisor.yaml).
 
-Paths are relative to the VM's directory, which is the VMM's working directory: a snapshot therefore
-names no file of another VM, and a fork finds its own disks and sockets under the same names.
+Paths are relative to the VM's directory, which is the VMM's working directory: the same names in
+every VM, so a fork finds its own disks and sockets.
 
 Guest memory is one zone, mapped privately from our image, when it boots and when it is restored.
 A restore that copies memory, or fetches it on demand while the mapping is shared (which corrupts
@@ -10,49 +10,81 @@ the next snapshot, cloud-hypervisor issue 8525), cannot be expressed here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from stillframe.vmm.driver import MachineSpec
 from stillframe.vmm.unix_http import Call
 from stillframe.vmm.vsock import GUEST_CID
 
+KERNEL, INITRD, MEMORY = "kernel.link", "initrd.link", "memory.link"
+VSOCK = "vsock.sock"
 _PREFIX = "/api/v1"
 
 
-def create(
+def configuration(
     spec: MachineSpec,
     *,
-    memory: str,
-    kernel: str,
-    initrd: str | None,
     arguments: str,
-    disks: list[tuple[str, bool]],
-    console: str,
-    vsock: str,
-) -> Call:
-    """Describe a VM (``VmConfig``); ``disks`` are paths, and whether each is read-only."""
-    payload = {"kernel": kernel, "cmdline": arguments}
-    if initrd is not None:
-        payload["initramfs"] = initrd
-    body: dict[str, Any] = {
+    disks: Sequence[tuple[str, bool]],
+    initrd: bool,
+    tap: str | None = None,
+    mac: str | None = None,
+    confined: bool = False,
+) -> dict[str, Any]:
+    """A VM as ``VmConfig``, which is what it is booted with and what it is restored with.
+
+    ``disks`` are paths, and whether each is read-only; ``tap`` is a network device of the host,
+    ``mac`` the guest's address on it (None has Cloud Hypervisor choose one); ``confined`` has it
+    give up all other files, by Landlock.
+    """
+    payload = {"kernel": KERNEL, "cmdline": arguments}
+    if initrd:
+        payload["initramfs"] = INITRD
+    config: dict[str, Any] = {
         "cpus": {"boot_vcpus": spec.vcpus, "max_vcpus": spec.vcpus},
-        "memory": {"size": 0, "zones": [_zone(spec, memory)]},
+        "memory": {"size": 0, "zones": [_zone(spec)]},
         "payload": payload,
-        "disks": [
-            # Without a stated type the image is asked for its format, which a guest may have faked.
-            {"id": f"disk{index}", "path": path, "readonly": readonly, "image_type": "Raw"}
-            for index, (path, readonly) in enumerate(disks)
-        ],
+        "disks": [_disk(index, path, readonly) for index, (path, readonly) in enumerate(disks)],
         "rng": {"src": "/dev/urandom"},
-        "serial": {"mode": "File", "file": console},
+        # Not a file: that would be emptied at every restore. The standard output appends.
+        "serial": {"mode": "Tty"},
         "console": {"mode": "Off"},
-        "vsock": {"cid": GUEST_CID, "socket": vsock},
+        "vsock": {"id": "vsock", "cid": GUEST_CID, "socket": VSOCK},
     }
-    return Call("PUT", f"{_PREFIX}/vm.create", body)
+    if tap is not None:
+        config["net"] = [{"id": "net", "tap": tap, **({} if mac is None else {"mac": mac})}]
+    if confined:
+        config |= {"landlock_enable": True, "landlock_rules": list(_rules(tap))}
+    return config
 
 
-def _zone(spec: MachineSpec, memory: str) -> dict[str, Any]:
-    return {"id": "memory", "size": spec.memory_bytes, "file": memory, "shared": False}
+def _rules(tap: str | None) -> Iterator[dict[str, str]]:
+    """What may be opened that the configuration does not name: the VM's directory, a tap's type."""
+    yield {"path": ".", "access": "rw"}
+    if tap is not None:
+        yield {"path": f"/sys/class/net/{tap}", "access": "r"}
+
+
+def _zone(spec: MachineSpec) -> dict[str, Any]:
+    return {"id": "memory", "size": spec.memory_bytes, "file": MEMORY, "shared": False}
+
+
+def _disk(index: int, path: str, readonly: bool) -> dict[str, Any]:
+    return {
+        "id": f"disk{index}",
+        "path": path,
+        "readonly": readonly,
+        # Unstated, the format is guessed from what a guest may have written.
+        "image_type": "Raw",
+        # Unstated, it tells of the host's file, which is another in every fork.
+        "serial": f"stillframe{index}",
+    }
+
+
+def create(config: Mapping[str, Any]) -> Call:
+    """Describe a VM: see ``configuration``."""
+    return Call("PUT", f"{_PREFIX}/vm.create", config)
 
 
 def boot() -> Call:

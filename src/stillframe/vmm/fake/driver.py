@@ -173,7 +173,7 @@ class FakeDriver:
 
     async def probe(self) -> DriverProbe:
         """It works wherever this interpreter does."""
-        return DriverProbe(self.hypervisor, True, _VERSION, "none", _FEATURES)
+        return DriverProbe(self.hypervisor, True, _VERSION, "none", features=_FEATURES)
 
     async def start(self, spec: MachineSpec, resources: MachineResources) -> FakeMachine:
         """Spawn a process; with device state it stands still. Nothing is left on failure.

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from stillframe.host.capacity import processor
 from stillframe.host.process import Process, adopt, run, spawn
 from stillframe.host.programs import find_program
 from stillframe.host.sockets import connect_socket
@@ -76,7 +77,12 @@ class FirecrackerDriver:
                 try:
                     self._version = await self._examine()
                     self._probe = DriverProbe(
-                        self.hypervisor, True, ".".join(map(str, self._version)), "kvm", _FEATURES
+                        self.hypervisor,
+                        True,
+                        ".".join(map(str, self._version)),
+                        "kvm",
+                        processor(),
+                        _FEATURES,
                     )
                 except StillframeError as error:
                     self._probe = DriverProbe(
@@ -96,7 +102,10 @@ class FirecrackerDriver:
         if self._accelerator == "auto":
             refusal = await kvm_refusal(found)
             if refusal is not None:
-                raise MissingComponent(f"Firecracker needs KVM: {refusal}")
+                raise MissingComponent(
+                    f"Firecracker needs KVM: {refusal}",
+                    hint="use qemu or qemu-microvm, which run without KVM",
+                )
         return version
 
     async def start(self, spec: MachineSpec, resources: MachineResources) -> FirecrackerMachine:

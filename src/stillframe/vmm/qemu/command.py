@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from stillframe.host.capacity import processor
 from stillframe.vmm.driver import MachineResources, MachineSpec
 from stillframe.vmm.qemu.boards import (
     AGENT_SLOT,
@@ -36,9 +37,19 @@ class QemuBuild:
     board: Board = field(default_factory=Q35)
 
     @property
+    def processor(self) -> str:
+        """The processor that guests have: the host's under KVM, one by name otherwise."""
+        return processor() if self.accelerator == "kvm" else processor_model(self.accelerator)
+
+    @property
     def version_text(self) -> str:
         """The version as QEMU writes it."""
         return ".".join(map(str, self.version))
+
+
+def processor_model(accelerator: str) -> str:
+    """The argument of ``-cpu``: memory made on one processor runs on no other."""
+    return "host" if accelerator == "kvm" else "qemu64"
 
 
 def quoted(path: Path) -> str:
@@ -72,7 +83,7 @@ def command_line(
         "-name", "guest=stillframe",
         "-M", board.machine(spec),
         "-accel", spec.accelerator,
-        "-cpu", "host" if spec.accelerator == "kvm" else "qemu64",
+        "-cpu", processor_model(spec.accelerator),
         "-smp", str(spec.vcpus),
         "-m", f"{spec.memory_bytes // (1 << 20)}M",
         "-object", _memory(build, spec, resources),

@@ -220,7 +220,7 @@ class QemuDriver:
                     self._build = await self._examine()
                     self._probe = DriverProbe(
                         self.hypervisor, True, self._build.version_text,
-                        self._build.accelerator, _FEATURES,
+                        self._build.accelerator, self._build.processor, _FEATURES,
                     )  # fmt: skip
                 except StillframeError as error:
                     self._probe = DriverProbe(

@@ -202,7 +202,7 @@ class VzDriver:
                     check_facts(self._facts)
                     await ask_framework(self._facts.interpreter)
                     self._probe = DriverProbe(
-                        self.hypervisor, True, self._facts.release, "vz", _FEATURES
+                        self.hypervisor, True, self._facts.release, "vz", features=_FEATURES
                     )
                 except StillframeError as error:
                     self._probe = DriverProbe(
