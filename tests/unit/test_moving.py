@@ -535,7 +535,7 @@ async def test_an_image_that_a_crash_left_without_its_snapshot_goes(
         records = first.context.records
         patch.setattr(records, "put_snapshot" if recorded else "put", end)
         for undone in ("fulfil", "delete"):  # nothing is undone by a server that is gone
-            patch.setattr(records, undone, lambda *_: None)
+            patch.setattr(records, undone, lambda *_, **__: None)
         patch.setattr(library, "remove_tree", lambda _: None)
         with pytest.raises(Ended):
             await take(first, data)
