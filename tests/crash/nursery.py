@@ -89,8 +89,9 @@ class NurseryServer:
         return processes_naming(self.data_dir / "instances")
 
     def close(self) -> None:
-        """End the server, and what it was forked from."""
-        self.stop(9)
+        """End the server, and what it was forked from, which may have been ended already."""
+        if self.pid:
+            self.signal(9)
         assert self._nursery.stdin is not None
         assert self._nursery.stdout is not None
         self._nursery.stdin.close()
