@@ -17,7 +17,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from fastapi.testclient import TestClient
+
 import stillframe
+from stillframe.api import app as api
 from stillframe.host.orphans import processes_naming
 from support.server import READY, START_DEADLINE
 
@@ -86,8 +89,9 @@ class NurseryServer:
         return processes_naming(self.data_dir / "instances")
 
     def close(self) -> None:
-        """End the server, and what it was forked from."""
-        self.stop(9)
+        """End the server, and what it was forked from, which may have been ended already."""
+        if self.pid:
+            self.signal(9)
         assert self._nursery.stdin is not None
         assert self._nursery.stdout is not None
         self._nursery.stdin.close()
@@ -118,6 +122,7 @@ def main() -> None:
     from stillframe.cli.main import app
 
     command = get_command(app)
+    _build_routes()
     gc.freeze()  # a collection in the child would write to, and so copy, every page of it
     for _ in sys.stdin:
         if (pid := os.fork()) == 0:
@@ -126,6 +131,13 @@ def main() -> None:
             os._exit(0)
         os.waitpid(pid, 0)
         print(ENDED.decode(), flush=True)
+
+
+def _build_routes() -> None:
+    """Have the routes built, which takes most of a server's first request, and used by all."""
+    built = api.bare_app(stillframe.__version__)
+    TestClient(built).get("/nowhere")  # it is looked for among all of them
+    setattr(api, "bare_app", lambda _: built)  # noqa: B010 - a plain assignment is a type error
 
 
 def _ours() -> Iterator[str]:

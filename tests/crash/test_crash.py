@@ -44,6 +44,9 @@ KILLS = {
     "F10 before the directory is durable": (SNAPSHOT, "fsync */data/snapshots", 1),
     "F11 before the source is resumed": (SNAPSHOT, "send to a VMM", 3),
     "F12 before the answer": (SNAPSHOT, "send to a client", 1),
+    "F13 compress: mid-stream": ("compress", "pwrite* */snapshots/*/.memory.zst.new", 1),
+    "F14 compress: before the switch": ("compress", "rename */snapshots/*/memory.zst", 1),
+    "F15 compress: before the old goes": ("compress", "unlink */snapshots/*/memory", 1),
     "F16 before the disk of a fork": (FORK, "create */overlay.raw", 1),
     "F17 after the VMM was started": (FORK, "connect to a VMM", 1),
     "F18 after the record, before the first step": (FORK, "send to a VMM", 2),
@@ -136,8 +139,16 @@ def test_f44_a_commit_whose_fsync_failed_is_not_found_done_after_a_crash(bench: 
 OTHERS = [name for name in VERB if name not in {verb for verb, _, _ in KILLS.values()}]
 
 
-# A call in the middle of each; that of stop comes sooner, it touches less.
-MIDDLE = {"stop": 8}
+# A call in the middle of each; it comes sooner in those that touch less.
+MIDDLE = {
+    "stop": 8,
+    "delete image": 8,
+    "end of warm forks": 10,
+    "export": 2,
+    "edit snapshot": 3,
+    "set schedule": 3,
+    "end schedule": 3,
+}
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -82,11 +82,12 @@ class World:
 
     def close(self) -> None:
         """End the server and every VM."""
-        if self._sdk is not None:
-            self._sdk.close()
-        self.server.close()
-        kill_orphans(self.data.instances, ())
-        self.injector.close()
+        with contextlib.ExitStack() as ends:
+            ends.callback(self.injector.close)
+            ends.callback(kill_orphans, self.data.instances, ())
+            ends.callback(self.server.close)
+            if self._sdk is not None:
+                ends.callback(self._sdk.close)
 
     def request(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
         """Status and JSON of an answer; status 0 when the server died over it."""

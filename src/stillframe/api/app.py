@@ -90,13 +90,7 @@ def create_app(
     Raises InvalidRequest when ``jwt_secret`` is shorter than 32 bytes. The other arguments are
     those of ``ApiOptions``.
     """
-    app = _Api(
-        title="Stillframe",
-        version=version,
-        description="Snapshot and fork virtual machines. Speaks the Hypeman HTTP API.",
-        redirect_slashes=False,
-        redoc_url=None,
-    )
+    app = bare_app(version)
     app.state.engine = engine
     app.state.authenticator = Authenticator(jwt_secret)
     app.state.options = ApiOptions(
@@ -106,6 +100,18 @@ def create_app(
         private_paths=tuple(private_paths),
     )
     app.state.private_texts = tuple(str(path) for path in private_paths)
+    return app
+
+
+def bare_app(version: str) -> FastAPI:
+    """The API without what it is over: it knows its routes, and can answer for none."""
+    app = _Api(
+        title="Stillframe",
+        version=version,
+        description="Snapshot and fork virtual machines. Speaks the Hypeman HTTP API.",
+        redirect_slashes=False,
+        redoc_url=None,
+    )
     errors.install(app)
     # The one added last is the outermost.
     app.add_middleware(Border)
