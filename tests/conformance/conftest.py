@@ -51,14 +51,24 @@ _COUNTED = 'until n=$(cat /dev/shm/n 2>/dev/null) && [ -n "$n" ]; do sleep 0.02;
 _COUNTER = {True: ("/bin/sh", "-c", _COUNTED), False: ("counter",)}
 _KEEP = {True: ("/bin/sh", "-c", "echo {} > /dev/shm/kept"), False: ("set", "fork", "{}")}
 _KEPT = {True: ("cat", "/dev/shm/kept"), False: ("get", "fork")}
+_CAPTURED: dict[str, MachineResources] = {}  # by hypervisor, for this run of the tests
 _OUTCOMES = pytest.StashKey[dict[tuple[str, str], str]]()
 
 
 class Bench:
     """One driver, and the files of one VM family below ``directory``."""
 
-    def __init__(self, driver: Driver, directory: Path, pair: BootPair, root: Path) -> None:
+    def __init__(
+        self,
+        driver: Driver,
+        directory: Path,
+        pair: BootPair,
+        root: Path,
+        shared: Path | None = None,
+    ) -> None:
+        """``shared`` outlives the bench: what ``captured_guest`` makes is kept there."""
         self.driver = driver
+        self._shared = shared
         self.name = driver.hypervisor.value
         self.real = driver.hypervisor is not Hypervisor.FAKE  # has a guest kernel
         self.directory = directory
@@ -144,6 +154,24 @@ class Bench:
             device_state=home / "devices",
             disks=(root, Disk(home / "overlay", readonly=False), config),
         )
+
+    async def captured_guest(self) -> MachineResources:
+        """A captured guest, for tests that are about its forks: booted once for all of them.
+
+        It remembers the word ``before``, and has a file ``/both`` if it has a disk. Nobody may
+        write its files; that nobody does is what a fork is.
+        """
+        assert self._shared is not None
+        if self.name not in _CAPTURED:
+            maker = Bench(self.driver, self._shared, self._pair, self._root)
+            async with maker.booted(self.name) as (machine, resources):
+                async with maker.agent(machine) as connection:
+                    await maker.keep(connection, "before")
+                    if maker.real:
+                        await maker.run(connection, "/bin/sh", "-c", "echo both > /both; sync")
+                await machine.pause()
+                _CAPTURED[self.name] = await maker.capture(machine, resources)
+        return _CAPTURED[self.name]
 
     @contextlib.asynccontextmanager
     async def booted(
@@ -236,6 +264,13 @@ def guest_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[BootPair, Pat
     return build_boot_pair(KERNEL, AGENT, home / "boot"), home / "root.img"
 
 
+@pytest.fixture(scope="session")
+def captured_guests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where captured guests are kept while the tests run."""
+    yield tmp_path_factory.mktemp("captured")
+    _CAPTURED.clear()
+
+
 def real_drivers() -> dict[str, Driver]:
     """Every hypervisor but the fake one, by name."""
     made = make_drivers(
@@ -259,7 +294,7 @@ NAMES = ("fake", *(name.value for name in CONTRACT_HYPERVISORS))
 @pytest.fixture(
     params=[NAMES[0], *(pytest.param(name, marks=pytest.mark.vm) for name in NAMES[1:])]
 )
-def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+def bench(request: pytest.FixtureRequest, tmp_path: Path, captured_guests: Path) -> Iterator[Bench]:
     """Each driver in turn; no process is left, however the test ended."""
     if request.param == "fake":
         null, root = Path("/dev/null"), tmp_path / "root"
@@ -274,8 +309,8 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
         if not probe.available:
             pytest.skip(probe.reason or "not available")
         pair, root = request.getfixturevalue("guest_files")
-    yield Bench(driver, tmp_path, pair, root)
-    left = kill_orphans(tmp_path, ())
+    yield Bench(driver, tmp_path, pair, root, captured_guests)
+    left = kill_orphans(tmp_path, ()) + kill_orphans(captured_guests, ())
     assert left == [], f"processes left behind: {left}"
 
 

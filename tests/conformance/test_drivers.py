@@ -143,11 +143,7 @@ async def test_a_disk_copied_while_the_guest_runs_is_whole(bench: Bench) -> None
 
 
 async def test_two_forks_diverge_and_their_image_does_not_change(bench: Bench) -> None:
-    async with bench.booted("one") as (machine, resources):
-        async with bench.agent(machine) as connection:
-            await bench.keep(connection, "before")
-        await machine.pause()
-        captured = await bench.capture(machine, resources)
+    captured = await bench.captured_guest()
     before = digest(captured.memory_image)
     spec = await bench.spec()
     one, two = bench.fork_of(captured, "left"), bench.fork_of(captured, "right")
@@ -206,19 +202,18 @@ async def test_the_death_of_a_vmm_is_noticed(bench: Bench) -> None:
 
 @pytest.mark.parametrize("damage", ["garbage", "cut off", "absent"])
 async def test_bad_device_state_is_refused_and_nothing_left(bench: Bench, damage: str) -> None:
-    async with bench.booted("one") as (machine, resources):
-        async with bench.agent(machine):
-            pass
-        await machine.pause()
-        captured = await bench.capture(machine, resources)
+    captured = await bench.captured_guest()
     assert captured.device_state is not None
+    own = bench.directory / "damaged"
+    own.write_bytes(captured.device_state.read_bytes())
+    captured = replace(captured, device_state=own)
     if damage == "garbage":
-        captured.device_state.write_bytes(b"\xa5" * 4096)
+        own.write_bytes(b"\xa5" * 4096)
     elif damage == "cut off":
-        whole = captured.device_state.read_bytes()
-        captured.device_state.write_bytes(whole[: len(whole) // 2])
+        whole = own.read_bytes()
+        own.write_bytes(whole[: len(whole) // 2])
     else:
-        captured.device_state.unlink()
+        own.unlink()
     fork = bench.fork_of(captured, "fork")
     with pytest.raises(StillframeError):
         await bench.driver.start(await bench.spec(), fork)
@@ -230,11 +225,7 @@ async def test_bad_device_state_is_refused_and_nothing_left(bench: Bench, damage
 async def test_memory_of_another_shape_is_refused(bench: Bench, other: str) -> None:
     if other == "vCPUs" and bench.name == "qemu-microvm":
         pytest.skip("QEMU itself does not tell on this machine; the engine keeps the number")
-    async with bench.booted("one") as (machine, resources):
-        async with bench.agent(machine):
-            pass
-        await machine.pause()
-        captured = await bench.capture(machine, resources)
+    captured = await bench.captured_guest()
     spec = await bench.spec()
     wrong = replace(spec, vcpus=2)
     if other == "bytes":
@@ -299,11 +290,7 @@ async def test_forks_of_forks_keep_their_memory(bench: Bench) -> None:
 async def test_forks_write_to_disks_of_their_own(bench: Bench) -> None:
     if not bench.real:
         pytest.skip("its disk is a directory of files; tests/unit/test_engine.py has them")
-    async with bench.booted("one") as (machine, resources):
-        async with bench.agent(machine) as connection:
-            await bench.run(connection, "/bin/sh", "-c", "echo both > /both; sync")
-        await machine.pause()
-        captured = await bench.capture(machine, resources)
+    captured = await bench.captured_guest()
     before = digest(captured.disks[1].path)
     spec = await bench.spec()
     one, two = bench.fork_of(captured, "left"), bench.fork_of(captured, "right")
@@ -324,11 +311,7 @@ async def test_forks_write_to_disks_of_their_own(bench: Bench) -> None:
 async def test_forks_are_told_who_they_are(bench: Bench) -> None:
     if not bench.real:
         pytest.skip("it has no kernel with a pool of random numbers")
-    async with bench.booted("one") as (machine, resources):
-        async with bench.agent(machine):
-            pass
-        await machine.pause()
-        captured = await bench.capture(machine, resources)
+    captured = await bench.captured_guest()
     told: list[list[str]] = []
     for name in ("left", "right"):
         fork = bench.fork_of(captured, name)
@@ -346,12 +329,8 @@ async def test_forks_are_told_who_they_are(bench: Bench) -> None:
 
 
 async def test_a_vmm_killed_during_a_step_is_a_clear_error(bench: Bench) -> None:
-    """One boot, and for each step a fork that is killed when it has the request, unanswered."""
-    async with bench.booted("one") as (machine, resources):
-        async with bench.agent(machine):
-            pass
-        await machine.pause()
-        captured = await bench.capture(machine, resources)
+    """For each step a fork, which is killed when it has the request and has not answered."""
+    captured = await bench.captured_guest()
     for step in ("pause", "save", "resume"):
         fork = bench.fork_of(captured, step)
         async with bench.running(await bench.spec(), fork) as machine:
@@ -390,11 +369,7 @@ def nothing_of(bench: Bench, fork: MachineResources) -> None:
 
 
 async def test_a_vmm_killed_during_a_load_is_a_clear_error(bench: Bench) -> None:
-    async with bench.booted("one") as (machine, resources):
-        async with bench.agent(machine):
-            pass
-        await machine.pause()
-        captured = await bench.capture(machine, resources)
+    captured = await bench.captured_guest()
     fork = bench.fork_of(captured, "fork")
     start = asyncio.ensure_future(bench.driver.start(await bench.spec(), fork))
     # It is killed at its first sign of life, long before it can have loaded.
