@@ -182,7 +182,7 @@ class _Capture:
         began = time.perf_counter()
         complete = False
         with self._phases.measure("stop"):
-            await self._machine.pause()
+            await self._stop()
         try:
             await self._take()
             complete = True
@@ -191,6 +191,16 @@ class _Capture:
                 with self._phases.measure("resume"):
                     await self._machine.resume()
         return round((time.perf_counter() - began) * 1000, 3)
+
+    async def _stop(self) -> None:
+        """Have the guest stand still. Raises VmmFailure; it runs then, or will."""
+        try:
+            await self._machine.pause()
+        except VmmFailure:
+            # A VMM that hangs hears both when it wakes. Its guest would stand still for good.
+            with contextlib.suppress(VmmFailure):
+                await self._machine.resume()
+            raise
 
     async def _take(self) -> None:
         parts = await asyncio.gather(self._take_memory(), self._take_disk(), return_exceptions=True)

@@ -263,7 +263,12 @@ def spawn(
     if sys.platform != "darwin":  # there a VMM has to see to that itself
         with contextlib.suppress(ProcessLookupError, PermissionError):
             resource.prlimit(child.pid, resource.RLIMIT_CORE, (0, 0))
-    pidfd = _open_exit(child.pid)
+    try:
+        pidfd = _open_exit(child.pid)
+    except OSError as error:  # no descriptor is left: nobody would know it
+        child.kill()
+        child.wait()
+        raise HostFailure(f"{command[0]} cannot be watched: {error.strerror}") from error
     child.returncode = 0  # we reap it by pidfd; Popen must not warn or wait
     try:
         started = start_time(child.pid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import Mapping
@@ -13,8 +14,10 @@ import httpx2
 
 from stillframe.host.sockets import open_socket
 from stillframe.model.errors import StorageFull, VmmFailure
+from stillframe.model.units import MIB
 
 _DEADLINE = 60.0  # seconds; a VMM that answers later hangs
+_MAX_ANSWER = 16 * MIB  # bytes; they tell of one VM
 _NO_SPACE = ("(os error 28)", "(os error 122)")  # how Rust prints ENOSPC and EDQUOT
 _MESSAGE_FIELDS = ("fault_message", "error", "message")
 
@@ -56,16 +59,13 @@ class UnixHttp:
     async def call(self, call: Call, *, deadline: float = _DEADLINE) -> Any:
         """Send a request; the answer's JSON, or None where there is none.
 
-        ``deadline`` is in seconds. Raises StorageFull too.
+        ``deadline`` is in seconds, for the whole answer. Raises StorageFull too.
         """
         what = f"{call.method} {call.path}"
-        content = None if call.body is None else json.dumps(call.body).encode()
-        headers = {"Content-Type": "application/json"} if content else {}
         try:
-            response = await self._opened().request(
-                call.method, call.path, content=content, headers=headers, timeout=deadline
-            )
-        except httpx2.TimeoutException as error:
+            async with asyncio.timeout(deadline):
+                status, answer = await self._exchange(call, what)
+        except TimeoutError as error:
             raise VmmFailure(
                 f"{self._name} did not answer {what} within {deadline:.0f} s", command=what
             ) from error
@@ -74,15 +74,32 @@ class UnixHttp:
                 f"{self._name} was lost during {what}: {error or type(error).__name__}",
                 command=what,
             ) from error
-        if response.is_success:
-            return response.json() if response.content else None
-        reason = _reason(response)
+        if 200 <= status < 300:
+            return _parsed(answer, f"{self._name} answered {what}") if answer else None
+        reason = _reason(status, answer)
         if any(words in reason for words in _NO_SPACE):
             raise StorageFull(f"no space for what {self._name} writes: {reason}")
         raise VmmFailure(
             f"{self._name} refused {what}: {reason}",
-            command=what, refused=True, status=response.status_code,
+            command=what, refused=True, status=status,
         )  # fmt: skip
+
+    async def _exchange(self, call: Call, what: str) -> tuple[int, bytes]:
+        """Status and body of the answer. Raises VmmFailure for a body too long to be one."""
+        content = None if call.body is None else json.dumps(call.body).encode()
+        headers = {"Content-Type": "application/json"} if content else {}
+        body = bytearray()
+        async with self._opened().stream(
+            call.method, call.path, content=content, headers=headers, timeout=None
+        ) as response:
+            async for piece in response.aiter_raw():
+                body += piece
+                if len(body) > _MAX_ANSWER:
+                    raise VmmFailure(
+                        f"{self._name} answered {what} with more than {_MAX_ANSWER} bytes",
+                        command=what,
+                    )
+            return response.status_code, bytes(body)
 
     async def close(self) -> None:
         """End the conversation; the VMM runs on."""
@@ -92,12 +109,20 @@ class UnixHttp:
             os.close(self._fd)
 
 
-def _reason(response: httpx2.Response) -> str:
+def _parsed(answer: bytes, what: str) -> Any:
+    """The JSON of an answer. Raises VmmFailure."""
+    try:
+        return json.loads(answer)
+    except (ValueError, RecursionError) as error:
+        raise VmmFailure(f"{what} with what is no JSON") from error
+
+
+def _reason(status: int, answer: bytes) -> str:
     """Why a VMM refuses, in its own words: a JSON field, a list of causes, or text."""
     try:
-        told = response.json()
-    except ValueError:
-        return response.text.strip() or f"HTTP {response.status_code}"
+        told = json.loads(answer)
+    except (ValueError, RecursionError):
+        return answer.decode(errors="replace").strip() or f"HTTP {status}"
     if isinstance(told, list):
         return ": ".join(map(str, told))
     if isinstance(told, Mapping):

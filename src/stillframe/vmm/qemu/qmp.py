@@ -48,7 +48,7 @@ class QmpConnection:
         try:
             async with asyncio.timeout(_COMMAND_DEADLINE):
                 await self._client.connect(connection)
-        except (QMPError, OSError, EOFError, TimeoutError) as error:
+        except (QMPError, OSError, EOFError, ValueError, TimeoutError) as error:
             raise VmmFailure(f"QEMU ({self._name}) does not answer: {error}") from error
 
     async def execute(self, command: str, **arguments: object) -> Any:
@@ -77,5 +77,6 @@ class QmpConnection:
 
     async def close(self) -> None:
         """End the conversation; QEMU runs on. Idempotent."""
-        with contextlib.suppress(QMPError, OSError, EOFError):
+        # ValueError is the client's word for a line beyond its limit of 10 MiB.
+        with contextlib.suppress(QMPError, OSError, EOFError, ValueError):
             await self._client.disconnect()
