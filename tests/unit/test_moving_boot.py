@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -107,3 +108,13 @@ async def test_what_is_not_that_pair_is_refused(
     assert list(there.context.data.snapshots.iterdir()) == []
     with pytest.raises(MissingComponent):
         load_boot_pair(there.context.data.system, PAIR)
+
+
+async def test_half_a_boot_pair_goes_at_the_start_and_a_whole_one_stays(tmp_path: Path) -> None:
+    async with open_engine(tmp_path) as engine:
+        system = engine.context.data.system
+    half = Path(tempfile.mkdtemp(prefix=".new-", dir=system))  # as the server was killed
+    (half / "kernel").write_bytes(b"half of a kernel")
+    (system / PAIR).mkdir()
+    async with open_engine(tmp_path):
+        assert [path.name for path in system.iterdir()] == [PAIR]

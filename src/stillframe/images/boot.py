@@ -14,6 +14,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from stillframe.host.files import remove_tree, storage_errors
 from stillframe.images.initrd import build_initrd, select_modules
 from stillframe.model.errors import HostFailure, InvalidRequest, MissingComponent, StorageFull
 
@@ -113,6 +114,16 @@ def adopt_boot_pair(directory: Path, destination_root: Path, digest: str) -> Boo
             raise StorageFull("no space for the boot pair", path=str(destination_root)) from error
         raise HostFailure(f"cannot keep the boot pair: {error}") from error
     return load_boot_pair(destination_root, digest)
+
+
+def sweep_boot_pairs(destination_root: Path) -> None:
+    """Remove pairs that an interrupted server left half-made; nobody may be making one.
+
+    Raises HostFailure.
+    """
+    with storage_errors("sweep the boot pairs"):
+        for leftover in destination_root.glob(".new-*"):
+            remove_tree(leftover)
 
 
 def load_boot_pair(destination_root: Path, digest: str) -> BootPair:

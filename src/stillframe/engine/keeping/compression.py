@@ -118,7 +118,8 @@ class Compressor:
         self._context = context
         self.sleep = sleep
         self._jobs: dict[str, asyncio.Task[None]] = {}
-        self._lacking_space: set[str] = set()  # snapshots and instances, to be tried again
+        # Snapshots and instances to be tried again, each with the bytes that it lacked if known.
+        self._lacking_space: dict[str, int] = {}
         count = context.settings.max_concurrent_compressions
         self._places = asyncio.Semaphore(count)
         # Threads of their own: they are nice for good, and so are the threads that they start.
@@ -151,17 +152,23 @@ class Compressor:
             self._start(instance.id, self._standby)
 
     def space_freed(self) -> None:
-        """Try again what found no space, if there is some now: something has been deleted.
+        """Try again what found no space and may find it now: something has been deleted.
 
-        What is tried and finds too little is put off again.
+        What is tried and finds too little is put off again. What certainly would is not tried, for
+        each trial is two commits, and many are deleted when space is short.
         """
-        for key in sorted(self._lacking_space):
-            self._lacking_space.discard(key)
+        for key, expected_bytes in sorted(self._lacking_space.items()):
+            try:
+                check_free(self._context, expected_bytes)
+            except HostFailure:
+                continue
+            del self._lacking_space[key]
             self._try_again(key)
 
     def _put_off(self, key: str, error: Exception) -> None:
         if isinstance(error, StorageFull):
-            self._lacking_space.add(key)
+            expected = error.facts.get("expected_bytes")
+            self._lacking_space[key] = expected if isinstance(expected, int) else 0
 
     def _try_again(self, key: str) -> None:
         snapshot = self._context.records.snapshots.get(key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator
@@ -137,7 +136,7 @@ async def _with_digests(context: Context, snapshot: Snapshot) -> Snapshot:
         return measure(payload)
 
     with storage_errors("add digests to the snapshot"):
-        size = await asyncio.to_thread(add)
+        size = await Steps().run(add)  # to its end, also when cancelled: a deletion waits for it
     known = context.records.snapshots.get(snapshot.id)
     if size is None or known is None:  # deleted meanwhile: what is open goes out all the same
         return snapshot

@@ -17,6 +17,7 @@ from stillframe.engine.machines import (
 from stillframe.engine.verbs.restore_snapshot import give_up, put_back
 from stillframe.host.files import remove_tree
 from stillframe.host.orphans import kill_orphans, processes_naming
+from stillframe.images.boot import sweep_boot_pairs
 from stillframe.images.disk import sweep_templates
 from stillframe.model.errors import StillframeError
 from stillframe.model.states import InstanceState
@@ -40,6 +41,7 @@ async def recover(context: Context) -> None:
     for pid in kill_orphans(context.data.instances, expected | _of_damaged(context)):
         log.warning("ended process %d, a VMM that no record knows", pid)
     await asyncio.to_thread(sweep_templates, context.data.templates)
+    await asyncio.to_thread(sweep_boot_pairs, context.data.system)
     for intent in list(context.records.intents.values()):
         try:
             await asyncio.to_thread(_undo_files, context, intent)
