@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from crash.world import World
+from crash.world import Violation, World
 
 Answer = tuple[int, Any]
 LIVE, DISK = "base-live", "base-disk"
+ZSTD = {"enabled": True, "algorithm": "zstd", "level": 1}
 DEADLINE = 60.0  # seconds until what goes on by itself must have settled
 
 
@@ -103,3 +104,79 @@ def fork_subject(stage: Stage) -> None:
 def on_subject(path: str, body: object = None) -> Callable[[Stage], Answer]:
     """A POST to what belongs to the subject."""
     return lambda stage: stage.world.request("POST", f"/instances/{stage.subject}/{path}", body)
+
+
+def take_subject(stage: Stage) -> None:
+    """A snapshot of the source as the subject."""
+    stage.subject = stage.snapshot(stage.source, "Standby", stage.name)
+
+
+def delete_subject_snapshot(stage: Stage) -> Answer:
+    """Delete the snapshot that is the subject."""
+    return stage.world.request("DELETE", f"/snapshots/{stage.subject}")
+
+
+def snapshot_taken(stage: Stage) -> bool:
+    """Whether there is a snapshot of the stage's name; if so, it is whole."""
+    made = stage.world.snapshot_named(stage.name)
+    if made is not None:
+        stage.world.check_snapshot(made["id"])
+    return made is not None
+
+
+def snapshot_gone(stage: Stage) -> bool:
+    """Whether there is none; else it is whole."""
+    return not snapshot_taken(stage)
+
+
+def forked(state: str, nonce: str = "") -> Callable[[Stage], bool]:
+    """Whether there is an instance of the stage's name; if so, in ``state`` and with the nonce."""
+
+    def complete(stage: Stage) -> bool:
+        if (made := stage.world.instance(stage.name)) is None:
+            return False
+        stage.world.expect(made["id"], state, nonce)
+        return True
+
+    return complete
+
+
+def set_warm(stage: Stage, count: int) -> Answer:
+    """Ask for so many warm forks."""
+    return stage.world.request("PUT", f"/snapshots/{stage.live}/warm", {"count": count})
+
+
+def cool(stage: Stage) -> None:
+    """No warm forks any more."""
+    if set_warm(stage, 0)[0] != 200:
+        raise Violation("warm forks cannot be ended")
+
+
+def sleeps(stage: Stage) -> bool:
+    """Whether the subject is in Standby; else it runs on with its memory."""
+    if state_of(stage, stage.subject) == "Running":
+        stage.world.expect_running(stage.subject, "of-subject")
+        return False
+    stage.world.expect(stage.subject, "Standby")
+    return True
+
+
+def wakes(stage: Stage) -> bool:
+    """Whether the subject runs, with its memory; else it is in Standby."""
+    return not sleeps(stage)
+
+
+def wake_and_delete(stage: Stage) -> None:
+    """The memory that went to disk comes back."""
+    stage.world.must("POST", f"/instances/{stage.subject}/restore")
+    stage.world.expect(stage.subject, "Running", "of-subject")
+    delete_named(stage)
+
+
+def back_in_past(stage: Stage) -> bool:
+    """Whether the subject runs, with the memory of its past; else it sleeps on."""
+    if state_of(stage, stage.subject) == "Running":
+        stage.world.expect_running(stage.subject, "of-past")
+        return True
+    stage.world.expect(stage.subject, "Standby")
+    return False

@@ -5,7 +5,6 @@ A new verb is a new ``Verb`` in ``VERBS``.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -13,15 +12,27 @@ from typing import Any
 
 from crash.stage import (
     DEADLINE,
+    ZSTD,
     Answer,
     Stage,
     Verb,
+    back_in_past,
+    cool,
     delete_both,
     delete_named,
     delete_snapshot_named,
+    delete_subject_snapshot,
     fork_subject,
+    forked,
     on_subject,
+    set_warm,
+    sleeps,
+    snapshot_gone,
+    snapshot_taken,
     state_of,
+    take_subject,
+    wake_and_delete,
+    wakes,
 )
 from crash.verbs_more import MORE_VERBS
 from crash.world import Violation
@@ -83,32 +94,10 @@ def _snapshot_of(source: str, kind: str) -> Callable[[Stage], Answer]:
     return request
 
 
-def _taken(stage: Stage) -> bool:
-    made = stage.world.snapshot_named(stage.name)
-    if made is not None:
-        stage.world.check_snapshot(made["id"])
-    return made is not None
-
-
-def _take_subject(stage: Stage) -> None:
-    stage.subject = stage.snapshot(stage.source, "Standby", stage.name)
-
-
-def _delete_subject_snapshot(stage: Stage) -> Answer:
-    return stage.world.request("DELETE", f"/snapshots/{stage.subject}")
-
-
-def _snapshot_gone(stage: Stage) -> bool:
-    return not _taken(stage)
-
-
 # -- compression ----------------------------------------------------------------------------------
-_ZSTD = {"enabled": True, "algorithm": "zstd", "level": 1}
-
-
 def _take_compressed(stage: Stage) -> Answer:
     """Ask for a compressed snapshot, and wait until it is, or cannot be, or the server is gone."""
-    body = {"kind": "Standby", "name": stage.name, "compression": _ZSTD}
+    body = {"kind": "Standby", "name": stage.name, "compression": ZSTD}
     answer = stage.world.request("POST", f"/instances/{stage.source}/snapshots", body)
     return _until_compressed(stage, answer)
 
@@ -152,34 +141,6 @@ def _fork_compressed(stage: Stage) -> Answer:
     return stage.world.request("POST", f"/snapshots/{stage.facts['snapshot']}/fork", body)
 
 
-# -- export and import ----------------------------------------------------------------------------
-def _archive(stage: Stage) -> None:
-    status, stage.archive = stage.world.transfer("GET", f"/snapshots/{stage.live}/export", None)
-    if status != 200:
-        raise Violation(f"the export answered {status}: {stage.archive[:500]!r}")
-
-
-def _import(stage: Stage) -> Answer:
-    path = f"/snapshots/import?name={stage.name}"
-    status, content = stage.world.transfer("POST", path, stage.archive)
-    return status, json.loads(content) if content else None
-
-
-def _imported(stage: Stage) -> bool:
-    """There is none, or a whole one that forks into a guest with its memory."""
-    made = stage.world.snapshot_named(stage.name)
-    if made is None:
-        return False
-    stage.world.check_snapshot(made["id"])
-    fork = stage.world.must(
-        "POST", f"/snapshots/{made['id']}/fork",
-        {"name": f"{stage.name}-fork", "target_state": "Running"},
-    )  # fmt: skip
-    stage.world.expect_running(fork["id"], "of-source")
-    stage.world.delete(f"{stage.name}-fork")
-    return True
-
-
 # -- expiry ---------------------------------------------------------------------------------------
 def _expire(stage: Stage) -> Answer:
     """Let a snapshot expire now, and wait until it has gone, or the server has."""
@@ -215,28 +176,14 @@ def _fork_of(snapshot: str, target: str) -> Callable[[Stage], Answer]:
     return request
 
 
-def _forked(target: str) -> Callable[[Stage], bool]:
-    def complete(stage: Stage) -> bool:
-        if (made := stage.world.instance(stage.name)) is None:
-            return False
-        stage.world.expect(made["id"], target, "of-source")
-        return True
-
-    return complete
-
-
 def _fork_live(stage: Stage) -> Answer:
     body = {"name": stage.name, "from_running": True, "target_state": "Running"}
     return stage.world.request("POST", f"/instances/{stage.source}/fork", body)
 
 
-def _set_warm(stage: Stage, count: int) -> Answer:
-    return stage.world.request("PUT", f"/snapshots/{stage.live}/warm", {"count": count})
-
-
 def _warm(stage: Stage) -> Answer:
     """Ask for a warm fork and wait until it is there, or the server is not."""
-    answer, deadline = _set_warm(stage, 1), time.monotonic() + DEADLINE
+    answer, deadline = set_warm(stage, 1), time.monotonic() + DEADLINE
     while answer[0] == 200 and not answer[1]["ready"] and not answer[1].get("limited_by"):
         if time.monotonic() > deadline:
             raise Violation(f"no fork gets warm: {answer[1]}")
@@ -254,35 +201,10 @@ def _is_warm(stage: Stage) -> bool:
     return _warm(stage)[0] == 200
 
 
-def _cool(stage: Stage) -> None:
-    if _set_warm(stage, 0)[0] != 200:
-        raise Violation("warm forks cannot be ended")
-
-
 # -- standby and restore --------------------------------------------------------------------------
-def _asleep(stage: Stage) -> bool:
-    state = state_of(stage, stage.subject)
-    if state == "Running":
-        stage.world.expect_running(stage.subject, "of-subject")
-        return False
-    stage.world.expect(stage.subject, "Standby")
-    return True
-
-
-def _restore_and_delete(stage: Stage) -> None:
-    """The memory that went to disk comes back."""
-    stage.world.must("POST", f"/instances/{stage.subject}/restore")
-    stage.world.expect(stage.subject, "Running", "of-subject")
-    stage.world.delete(stage.name)
-
-
 def _sleeping_subject(stage: Stage) -> None:
     fork_subject(stage)
     stage.world.must("POST", f"/instances/{stage.subject}/standby")
-
-
-def _awake(stage: Stage) -> bool:
-    return not _asleep(stage)
 
 
 def _subject_with_past(stage: Stage) -> None:
@@ -300,15 +222,6 @@ def _restore_to(target: str) -> Callable[[Stage], Answer]:
         return stage.world.request("POST", path, {"target_state": target})
 
     return request
-
-
-def _restored_in_place(stage: Stage) -> bool:
-    state = state_of(stage, stage.subject)
-    if state == "Running":
-        stage.world.expect_running(stage.subject, "of-past")
-        return True
-    stage.world.expect(stage.subject, "Standby")
-    return False
 
 
 def _stopped_in_place(stage: Stage) -> bool:
@@ -378,34 +291,33 @@ VERBS = (
         lambda stage: stage.world.request("DELETE", f"/instances/{stage.subject}"),
         _deleted, fork_subject, delete_named,
     ),
-    Verb("snapshot of Running", _snapshot_of("source", "Standby"), _taken,
+    Verb("snapshot of Running", _snapshot_of("source", "Standby"), snapshot_taken,
          cleanup=delete_snapshot_named),
-    Verb("snapshot of Standby", _snapshot_of("asleep", "Standby"), _taken,
+    Verb("snapshot of Standby", _snapshot_of("asleep", "Standby"), snapshot_taken,
          cleanup=delete_snapshot_named),
-    Verb("snapshot of Stopped", _snapshot_of("off", "Stopped"), _taken,
+    Verb("snapshot of Stopped", _snapshot_of("off", "Stopped"), snapshot_taken,
          cleanup=delete_snapshot_named),
-    Verb("delete snapshot", _delete_subject_snapshot, _snapshot_gone, _take_subject,
+    Verb("delete snapshot", delete_subject_snapshot, snapshot_gone, take_subject,
          delete_snapshot_named),
-    Verb("fork to Running", _fork_of("live", "Running"), _forked("Running"),
+    Verb("fork to Running", _fork_of("live", "Running"), forked("Running", "of-source"),
          cleanup=delete_named),
-    Verb("fork to Standby", _fork_of("live", "Standby"), _forked("Standby"),
+    Verb("fork to Standby", _fork_of("live", "Standby"), forked("Standby"),
          cleanup=delete_named),
-    Verb("fork to Stopped", _fork_of("disk", "Stopped"), _forked("Stopped"),
+    Verb("fork to Stopped", _fork_of("disk", "Stopped"), forked("Stopped"),
          cleanup=delete_named),
-    Verb("fork of Running", _fork_live, _forked("Running"), cleanup=delete_named),
-    Verb("warm fill", _warm, _is_warm, cleanup=_cool, background=True),
-    Verb("standby", on_subject("standby"), _asleep, fork_subject, _restore_and_delete),
-    Verb("restore", on_subject("restore"), _awake, _sleeping_subject, delete_named),
-    Verb("restore in place to Running", _restore_to("Running"), _restored_in_place,
+    Verb("fork of Running", _fork_live, forked("Running", "of-source"), cleanup=delete_named),
+    Verb("warm fill", _warm, _is_warm, cleanup=cool, background=True),
+    Verb("standby", on_subject("standby"), sleeps, fork_subject, wake_and_delete),
+    Verb("restore", on_subject("restore"), wakes, _sleeping_subject, delete_named),
+    Verb("restore in place to Running", _restore_to("Running"), back_in_past,
          _subject_with_past, delete_both),
     Verb("restore in place to Stopped", _restore_to("Stopped"), _stopped_in_place,
          _subject_with_past, delete_both),
     Verb("compress", _take_compressed, _compressed, cleanup=delete_snapshot_named,
          background=True),
-    Verb("fork of a compressed snapshot", _fork_compressed, _forked("Running"), _compressed_past,
-         delete_both),
-    Verb("import", _import, _imported, _archive, delete_snapshot_named),
-    Verb("expiry", _expire, _expired, _take_subject, delete_snapshot_named, background=True),
+    Verb("fork of a compressed snapshot", _fork_compressed, forked("Running", "of-source"),
+         _compressed_past, delete_both),
+    Verb("expiry", _expire, _expired, take_subject, delete_snapshot_named, background=True),
     Verb("scheduled run", _run_schedule, _has_run, _schedule, _delete_schedule, background=True),
     *MORE_VERBS,
 )  # fmt: skip

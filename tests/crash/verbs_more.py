@@ -11,28 +11,37 @@ from typing import Any
 
 from crash.stage import (
     DEADLINE,
+    ZSTD,
     Answer,
     Stage,
     Verb,
+    back_in_past,
+    cool,
     delete_both,
     delete_named,
     delete_snapshot_named,
+    delete_subject_snapshot,
     fork_subject,
+    forked,
     on_subject,
-    state_of,
+    set_warm,
+    sleeps,
+    snapshot_gone,
+    take_subject,
+    wake_and_delete,
+    wakes,
 )
 from crash.world import Violation
 from stillframe.model.units import new_id
 from support.registry import layer
 
-_ZSTD = {"enabled": True, "algorithm": "zstd", "level": 1}
 _OTHER_IMAGE = "crash/other"
 
 
 # -- standby images and pasts that are compressed -------------------------------------------------
 def _sleep_compressed(stage: Stage) -> Answer:
     """Ask for a compressed Standby, and wait until it is, or cannot be, or the server is gone."""
-    status, answer = on_subject("standby", {"compression": _ZSTD})(stage)
+    status, answer = on_subject("standby", {"compression": ZSTD})(stage)
     return _until_settled(stage, status, answer) if 200 <= status < 300 else (status, answer)
 
 
@@ -62,31 +71,11 @@ def _compressions_failed(stage: Stage) -> tuple[int, float]:
     return status, float(line[1]) if line else 0.0
 
 
-def _sleeps(stage: Stage) -> bool:
-    """Whether it is in Standby. Its image is whole, raw or compressed."""
-    state = state_of(stage, stage.subject)
-    if state == "Running":
-        stage.world.expect_running(stage.subject, "of-subject")
-        return False
-    stage.world.expect(stage.subject, "Standby")
-    return True
-
-
-def _wakes(stage: Stage) -> bool:
-    return not _sleeps(stage)
-
-
-def _wake_and_delete(stage: Stage) -> None:
-    stage.world.must("POST", f"/instances/{stage.subject}/restore")
-    stage.world.expect(stage.subject, "Running", "of-subject")
-    delete_named(stage)
-
-
 def _compressed_sleeper(stage: Stage) -> None:
     """A subject in Standby whose memory is compressed."""
     fork_subject(stage)
     path = f"/instances/{stage.subject}/standby"
-    stage.world.must("POST", path, {"compression": _ZSTD})
+    stage.world.must("POST", path, {"compression": ZSTD})
     payload = stage.world.data.instance(stage.subject).standby
     deadline = time.monotonic() + DEADLINE
     while payload.memory.exists():
@@ -105,7 +94,7 @@ def _compressed_past(stage: Stage) -> None:
 
 
 def _compressed_snapshot(stage: Stage, source: str) -> None:
-    body = {"kind": "Standby", "name": stage.name, "compression": _ZSTD}
+    body = {"kind": "Standby", "name": stage.name, "compression": ZSTD}
     made = stage.world.must("POST", f"/instances/{source}/snapshots", body)
     stage.facts["snapshot"] = made["id"]
     deadline = time.monotonic() + DEADLINE
@@ -121,16 +110,6 @@ def _back_to_past(stage: Stage) -> Answer:
     return on_subject(path, {"target_state": "Running"})(stage)
 
 
-def _is_past(stage: Stage) -> bool:
-    """Whether it runs, with the memory of its past; else it sleeps on."""
-    state = state_of(stage, stage.subject)
-    if state == "Running":
-        stage.world.expect_running(stage.subject, "of-past")
-        return True
-    stage.world.expect(stage.subject, "Standby")
-    return False
-
-
 def _deleted(stage: Stage) -> bool:
     if stage.world.instance(stage.name) is None:
         return True
@@ -140,20 +119,9 @@ def _deleted(stage: Stage) -> bool:
 
 def _begin_compression(stage: Stage) -> None:
     """A snapshot whose compression has been begun just now."""
-    body = {"kind": "Standby", "name": stage.name, "compression": _ZSTD}
+    body = {"kind": "Standby", "name": stage.name, "compression": ZSTD}
     path = f"/instances/{stage.source}/snapshots"
     stage.subject = stage.world.must("POST", path, body)["id"]
-
-
-def _delete_subject_snapshot(stage: Stage) -> Answer:
-    return stage.world.request("DELETE", f"/snapshots/{stage.subject}")
-
-
-def _snapshot_gone(stage: Stage) -> bool:
-    made = stage.world.snapshot_named(stage.name)
-    if made is not None:
-        stage.world.check_snapshot(made["id"])
-    return made is None
 
 
 # -- forks ----------------------------------------------------------------------------------------
@@ -163,16 +131,6 @@ def _fork_of(source: str, state: str) -> Callable[[Stage], Answer]:
         return stage.world.request("POST", path, {"name": stage.name, "target_state": state})
 
     return request
-
-
-def _forked(state: str, nonce: str = "") -> Callable[[Stage], bool]:
-    def complete(stage: Stage) -> bool:
-        if (made := stage.world.instance(stage.name)) is None:
-            return False
-        stage.world.expect(made["id"], state, nonce)
-        return True
-
-    return complete
 
 
 def _pair(stage: Stage) -> tuple[str, str]:
@@ -206,12 +164,8 @@ def _fork_live(stage: Stage) -> Answer:
     return stage.world.request("POST", f"/snapshots/{stage.live}/fork", body)
 
 
-def _set_warm(stage: Stage, count: int) -> Answer:
-    return stage.world.request("PUT", f"/snapshots/{stage.live}/warm", {"count": count})
-
-
 def _one_warm(stage: Stage) -> None:
-    status, answer = _set_warm(stage, 1)
+    status, answer = set_warm(stage, 1)
     deadline = time.monotonic() + DEADLINE
     while status == 200 and not answer["ready"]:
         if time.monotonic() > deadline:
@@ -222,13 +176,8 @@ def _one_warm(stage: Stage) -> None:
         raise Violation(f"no fork gets warm: {status} {answer}")
 
 
-def _cool(stage: Stage) -> None:
-    if _set_warm(stage, 0)[0] != 200:
-        raise Violation("warm forks cannot be ended")
-
-
 def _cool_and_delete(stage: Stage) -> None:
-    _cool(stage)
+    cool(stage)
     delete_named(stage)
     stage.world.quiet()  # the next one may have been in the making
 
@@ -367,10 +316,6 @@ def _imported_with_image(stage: Stage) -> bool:
 
 
 # -- records --------------------------------------------------------------------------------------
-def _take_subject(stage: Stage) -> None:
-    stage.subject = stage.snapshot(stage.source, "Standby", stage.name)
-
-
 def _edit(stage: Stage) -> Answer:
     wish = {"description": stage.name, "tags": {"edited": "yes"}, "pinned": True}
     return stage.world.request("PATCH", f"/snapshots/{stage.subject}", wish)
@@ -416,30 +361,32 @@ def _end_schedule(stage: Stage) -> Answer:
 
 
 MORE_VERBS = (
-    Verb("standby, compressed", _sleep_compressed, _sleeps, fork_subject, _wake_and_delete,
+    Verb("standby, compressed", _sleep_compressed, sleeps, fork_subject, wake_and_delete,
          background=True),
-    Verb("restore, compressed", on_subject("restore"), _wakes, _compressed_sleeper, delete_named),
+    Verb("restore, compressed", on_subject("restore"), wakes, _compressed_sleeper, delete_named),
     Verb("delete instance in Standby",
          lambda stage: stage.world.request("DELETE", f"/instances/{stage.subject}"),
          _deleted, _compressed_sleeper, delete_named),
-    Verb("restore in place, compressed", _back_to_past, _is_past, _compressed_past, delete_both),
-    Verb("delete snapshot being compressed", _delete_subject_snapshot, _snapshot_gone,
+    Verb("restore in place, compressed", _back_to_past, back_in_past, _compressed_past,
+         delete_both),
+    Verb("delete snapshot being compressed", delete_subject_snapshot, snapshot_gone,
          _begin_compression, delete_snapshot_named, background=True),
-    Verb("fork of Standby", _fork_of("asleep", "Running"), _forked("Running", "of-asleep"),
+    Verb("fork of Standby", _fork_of("asleep", "Running"), forked("Running", "of-asleep"),
          cleanup=delete_named),
-    Verb("fork of Stopped", _fork_of("off", "Stopped"), _forked("Stopped"), cleanup=delete_named),
+    Verb("fork of Stopped", _fork_of("off", "Stopped"), forked("Stopped"), cleanup=delete_named),
     Verb("two forks at once", _fork_pair, _pair_forked, cleanup=_delete_pair),
-    Verb("fork that is warm", _fork_live, _forked("Running", "of-source"), _one_warm,
+    Verb("fork that is warm", _fork_live, forked("Running", "of-source"), _one_warm,
          _cool_and_delete, background=True),
-    Verb("end of warm forks", lambda stage: _set_warm(stage, 0), _is_cool, _one_warm, _cool,
+    Verb("end of warm forks", lambda stage: set_warm(stage, 0), _is_cool, _one_warm, cool,
          background=True),
     Verb("export", _export, _as_before, _first_export),
+    Verb("import", _import, _imported, _archive, delete_snapshot_named),
     Verb("import in parts", _import_in_parts, _imported, _archive, delete_snapshot_named),
     Verb("import with its image", _import, _imported_with_image, _archive_with_image,
          _remove_imported),
     Verb("make image", _other_image, _usable_other, cleanup=_remove_other),
     Verb("delete image", _delete_other, _no_other, _make_other, _remove_other),
-    Verb("edit snapshot", _edit, _edited, _take_subject, _unpin_and_delete),
+    Verb("edit snapshot", _edit, _edited, take_subject, _unpin_and_delete),
     Verb("set schedule", _set_schedule, _has_schedule, fork_subject, delete_named),
     Verb("end schedule", _end_schedule, lambda stage: not _has_schedule(stage),
          _scheduled_subject, delete_named),
