@@ -78,7 +78,7 @@ class Player:
             server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, OSError):
+        with contextlib.closing(writer), contextlib.suppress(asyncio.IncompleteReadError, OSError):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
                 line, *headers = head.split("\r\n")
@@ -88,7 +88,6 @@ class Player:
                 said = {"method": method, "path": path, "body": json.loads(body) if body else None}
                 writer.write(self._answer(said))
                 await writer.drain()
-        writer.close()
 
     def _answer(self, said: dict[str, Any]) -> bytes:
         if self.left and self.left[0]["request"] == said:

@@ -253,7 +253,8 @@ async def test_the_agent_is_dialled_when_the_guest_says_that_it_listens(tmp_path
 
 async def test_it_has_no_network_without_a_tap(tmp_path: Path) -> None:
     made = driver.FirecrackerDriver("true", accelerator="kvm")
-    made._version, made._probe = (1, 16, 1), await made.probe()
+    await made.probe()
+    made._version = (1, 16, 1)
     cold = resources(tmp_path)
     with pytest.raises(NotSupported, match="tap device"):
         await made.start(replace(SPEC, network=True), cold)

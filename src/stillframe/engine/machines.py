@@ -39,7 +39,6 @@ from stillframe.vmm.driver import (
     Machine,
     MachineResources,
     MachineSpec,
-    MachineStatus,
 )
 
 log = logging.getLogger("stillframe.machines")
@@ -159,21 +158,6 @@ async def load(context: Context, instance: Instance, devices: Path) -> Machine:
 
     Raises NotSupported when memory made elsewhere cannot run here, VmmFailure.
     """
-    machine = await _start_loaded(context, instance, devices)
-    async with contextlib.AsyncExitStack() as undo:
-        undo.push_async_callback(machine.kill)
-        # One that took no notice of the devices boots, and would be answered as a fork.
-        if (status := await machine.status()) is not MachineStatus.PAUSED:
-            raise VmmFailure(
-                f"the VMM is {status.value} after the load of its devices, its guest should "
-                "stand still",
-                status=status.value,
-            )
-        undo.pop_all()
-    return machine
-
-
-async def _start_loaded(context: Context, instance: Instance, devices: Path) -> Machine:
     driver, probe = await context.available_driver(instance.hypervisor)
     if reasons := foreign_to(instance, probe):
         raise NotSupported(

@@ -189,6 +189,20 @@ class Machine(Protocol):
         """Drop our connections and leave the VMM running."""
 
 
+class NoDiskCopies:
+    """A base for machines whose VMM does not tell what changes on a disk."""
+
+    async def begin_disk_copy(self, index: int, copy: Path) -> bool:
+        """Refused: the disk has to be copied during the pause."""
+        return False
+
+    async def finish_disk_copy(self, index: int) -> None:
+        """Nothing: no copy is ever under way."""
+
+    async def end_disk_copy(self, index: int) -> None:
+        """Nothing: no copy is ever under way."""
+
+
 class Driver(Protocol):
     """One hypervisor on this host."""
 

@@ -41,12 +41,3 @@ def remove_names(directory: Path, *, sockets: bool = True) -> None:
             name = path.is_symlink() and path.suffix == _SUFFIX
             if name or (sockets and path.is_socket()):
                 path.unlink(missing_ok=True)
-
-
-def last_words(log: Path, lines: int = 2) -> str:
-    """What a VMM wrote last to its log, in parentheses; empty if nothing."""
-    try:
-        words = log.read_bytes()[-2048:].decode(errors="replace").strip().splitlines()[-lines:]
-    except OSError:
-        words = []
-    return f" ({' / '.join(words)})" if words else ""

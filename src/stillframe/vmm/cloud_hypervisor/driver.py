@@ -27,7 +27,6 @@ from stillframe.model.errors import (
     HostFailure,
     MissingComponent,
     NotSupported,
-    StillframeError,
     VmmFailure,
 )
 from stillframe.model.values import Hypervisor, ProcessIdentity
@@ -42,11 +41,12 @@ from stillframe.vmm.cloud_hypervisor.machine import (
 from stillframe.vmm.cloud_hypervisor.state import SavedState
 from stillframe.vmm.driver import DriverProbe, MachineResources, MachineSpec, check_shape
 from stillframe.vmm.kvm import kvm_reason
-from stillframe.vmm.names import give_names, last_words, remove_names
+from stillframe.vmm.logs import explained
+from stillframe.vmm.names import give_names, remove_names
+from stillframe.vmm.probing import FEATURES, ProbeOnce
 from stillframe.vmm.versions import Version, refuse_known_bad
 from stillframe.vmm.vsock import AGENT_ARGUMENT
 
-_FEATURES = ("fork", "pause", "snapshots", "standby")
 _VERSION = re.compile(rb"cloud-hypervisor v(\d+)\.(\d+)(?:\.(\d+))?")
 _LANDLOCK = 3  # Cloud Hypervisor refuses to start confined with an older one (vmm/src/landlock.rs)
 _NONE = Path("/dev/null")  # stands for an initrd that is not there
@@ -66,23 +66,15 @@ class CloudHypervisorDriver:
     ) -> None:
         """``accelerator``: auto has ``qemu_binary`` try whether KVM runs guests; kvm trusts it."""
         self._binary, self._accelerator, self._qemu = binary, accelerator, qemu_binary
-        self._probing = asyncio.Lock()
-        self._probe: DriverProbe | None = None
+        self._probed = ProbeOnce(self.hypervisor, self._look)
 
     async def probe(self) -> DriverProbe:
-        """Find the binary, its version, and whether KVM runs guests here."""
-        async with self._probing:
-            if self._probe is None:
-                try:
-                    version = ".".join(map(str, await self._examine()))
-                    self._probe = DriverProbe(
-                        self.hypervisor, True, version, "kvm", processor(), _FEATURES
-                    )
-                except StillframeError as error:
-                    self._probe = DriverProbe(
-                        self.hypervisor, False, reason=error.message, hint=error.hint
-                    )
-            return self._probe
+        """Find the binary, its version, and whether KVM runs guests."""
+        return await self._probed()
+
+    async def _look(self) -> DriverProbe:
+        version = ".".join(map(str, await self._examine()))
+        return DriverProbe(self.hypervisor, True, version, "kvm", processor(), FEATURES)
 
     async def _examine(self) -> Version:
         binary = shutil.which(self._binary)
@@ -129,8 +121,7 @@ class CloudHypervisorDriver:
             try:
                 await configure(machine, spec, resources, disks)
             except VmmFailure as error:
-                words = last_words(resources.vmm_log)
-                raise VmmFailure(f"{error.message}{words}", hint=error.hint) from error
+                raise explained(error, resources.vmm_log) from error
             remove_names(directory, sockets=False)
             undo.pop_all()
         return machine

@@ -25,16 +25,18 @@ from stillframe.vmm.driver import (
     MachineResources,
     MachineSpec,
     MachineStatus,
+    NoDiskCopies,
 )
+from stillframe.vmm.logs import explained
+from stillframe.vmm.probing import FEATURES
 from stillframe.vmm.tracking import tracking_environment
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 _DEADLINE = 30.0  # seconds for an answer; a busy host may take a while to start an interpreter
-_FEATURES = ("fork", "pause", "snapshots", "standby")
 _VERSION = "1"
 
 
-class FakeMachine:
+class FakeMachine(NoDiskCopies):
     """One fake VMM process. Implements ``Machine``."""
 
     def __init__(self, process: Process, directory: Path) -> None:
@@ -112,16 +114,6 @@ class FakeMachine:
         """Write the spec as device state, of a paused guest, to a new file."""
         await self._ask("save", path=str(destination))
 
-    async def begin_disk_copy(self, index: int, copy: Path) -> bool:
-        """Its disks are small: they are copied during the pause."""
-        return False
-
-    async def finish_disk_copy(self, index: int) -> None:
-        """Never begun."""
-
-    async def end_disk_copy(self, index: int) -> None:
-        """Never begun."""
-
     async def dial_agent(self) -> AgentStream:
         """Connect to the agent's socket."""
         return await connect_unix(self._directory / "agent.sock")
@@ -173,7 +165,7 @@ class FakeDriver:
 
     async def probe(self) -> DriverProbe:
         """It works wherever this interpreter does."""
-        return DriverProbe(self.hypervisor, True, _VERSION, "none", features=_FEATURES)
+        return DriverProbe(self.hypervisor, True, _VERSION, "none", features=FEATURES)
 
     async def start(self, spec: MachineSpec, resources: MachineResources) -> FakeMachine:
         """Spawn a process; with device state it stands still. Nothing is left on failure.
@@ -188,7 +180,7 @@ class FakeDriver:
             try:
                 await machine.open()
             except VmmFailure as error:
-                raise _explained(error, resources.vmm_log) from error
+                raise explained(error, resources.vmm_log) from error
             undo.pop_all()
         return machine
 
@@ -243,12 +235,3 @@ def _remove_sockets(directory: Path) -> None:
     for name in ("control.sock", "agent.sock"):
         with contextlib.suppress(OSError):  # nobody listens there: it is only a name
             (directory / name).unlink(missing_ok=True)
-
-
-def _explained(error: VmmFailure, log: Path) -> VmmFailure:
-    """The same failure with the process's last words, which say why."""
-    with contextlib.suppress(OSError):
-        words = log.read_bytes()[-2048:].decode(errors="replace").strip().splitlines()[-1:]
-        if words:
-            return VmmFailure(f"{error.message} ({words[0]})", hint=error.hint)
-    return error

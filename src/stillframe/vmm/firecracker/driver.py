@@ -25,7 +25,6 @@ from stillframe.model.errors import (
     HostFailure,
     MissingComponent,
     NotSupported,
-    StillframeError,
     VmmFailure,
 )
 from stillframe.model.values import Hypervisor, ProcessIdentity
@@ -35,13 +34,13 @@ from stillframe.vmm.firecracker.isolation import Seen, SharedDirectory, confined
 from stillframe.vmm.firecracker.machine import FirecrackerMachine
 from stillframe.vmm.firecracker.probe import kvm_refusal
 from stillframe.vmm.kernel import uncompressed_kernel
-from stillframe.vmm.names import last_words
+from stillframe.vmm.logs import explained
+from stillframe.vmm.probing import FEATURES, ProbeOnce
 from stillframe.vmm.unix_http import Call
 from stillframe.vmm.versions import refuse_known_bad
 from stillframe.vmm.vsock import AGENT_ARGUMENT
 
 _START_DEADLINE = 60.0  # seconds until the API answers
-_FEATURES = ("fork", "pause", "snapshots", "standby")
 _VERSION = re.compile(rb"Firecracker v(\d+)\.(\d+)\.(\d+)")
 _ANSWERED_VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 _KERNEL, _INITRD, _LOADED, _IMAGE = "/kernel", "/initrd", "/devices", "/memory"
@@ -65,30 +64,18 @@ class FirecrackerDriver:
     ) -> None:
         """``accelerator``: auto tries whether KVM runs guests; kvm trusts it."""
         self._name, self._accelerator = binary, accelerator
-        self._probing = asyncio.Lock()
-        self._probe: DriverProbe | None = None
+        self._probed = ProbeOnce(self.hypervisor, self._look)
         self._binary = ""
         self._version: api.Version | None = None
 
     async def probe(self) -> DriverProbe:
         """Find the binary, its version, its file tree, and whether KVM runs guests here."""
-        async with self._probing:
-            if self._probe is None:
-                try:
-                    self._version = await self._examine()
-                    self._probe = DriverProbe(
-                        self.hypervisor,
-                        True,
-                        ".".join(map(str, self._version)),
-                        "kvm",
-                        processor(),
-                        _FEATURES,
-                    )
-                except StillframeError as error:
-                    self._probe = DriverProbe(
-                        self.hypervisor, False, reason=error.message, hint=error.hint
-                    )
-            return self._probe
+        return await self._probed()
+
+    async def _look(self) -> DriverProbe:
+        version = self._version = await self._examine()
+        text = ".".join(map(str, version))
+        return DriverProbe(self.hypervisor, True, text, "kvm", processor(), FEATURES)
 
     async def _examine(self) -> api.Version:
         found = find_program(self._name)
@@ -132,9 +119,7 @@ class FirecrackerDriver:
                 undo.push_async_callback(machine.kill)
                 await _configure(machine, self._version, spec, resources)
             except VmmFailure as error:
-                words = last_words(shared.log) or last_words(resources.vmm_log)
-                message = f"{error.message}{words}"
-                raise VmmFailure(message, hint=error.hint, silent=not words) from error
+                raise explained(error, shared.log, resources.vmm_log, once_more=True) from error
             undo.pop_all()
         return machine
 

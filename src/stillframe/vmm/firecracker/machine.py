@@ -5,30 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import os
 import stat
 from pathlib import Path
-from typing import Any
 
-from stillframe.host.files import clone, open_regular, storage_errors
+from stillframe.host.files import clone, storage_errors
 from stillframe.host.process import Process
 from stillframe.model.errors import VmmFailure
-from stillframe.model.values import ProcessIdentity
-from stillframe.vmm.driver import AgentStream, MachineStatus
+from stillframe.vmm.driver import MachineStatus
 from stillframe.vmm.firecracker import api
 from stillframe.vmm.firecracker.isolation import SharedDirectory
-from stillframe.vmm.unix_http import Call, UnixHttp
-from stillframe.vmm.vsock import AGENT_VSOCK_PORT, dial_vsock
+from stillframe.vmm.logs import EXIT_MARK, log_end
+from stillframe.vmm.over_http import HttpMachine
 
-_AGENT_DEADLINE = 120.0  # seconds for a guest to boot as far as its agent
 _SNAPSHOT_DEADLINE = 600.0  # seconds; memory may have to go to a slow disk
 _STATUS = {"Running": MachineStatus.RUNNING, "Paused": MachineStatus.PAUSED}
 _SWAPS = Path("/proc/swaps")
-_EXIT_MARK = b"STILLFRAME-EXIT nonce="  # the agent's last word before it halts the guest
-_TAIL = 65536  # bytes of a log that are read
 
 
-class FirecrackerMachine:
+class FirecrackerMachine(HttpMachine):
     """One Firecracker process. Implements ``Machine``."""
 
     def __init__(
@@ -42,32 +36,13 @@ class FirecrackerMachine:
         vmm_log: Path,
     ) -> None:
         """``loaded``: its memory is a mapping of the image, not anonymous. Raises VmmFailure."""
-        self.process: ProcessIdentity = process.identity
-        self.shutdown_reason: str | None = None
+        super().__init__(
+            process, "Firecracker", api, _STATUS,
+            socket=shared.api, agent=shared.agent, console_log=console_log,
+        )  # fmt: skip
         self.writes_memory = not loaded
-        self._process = process
-        self._shared = shared
         self.version = version
-        self._console_log, self._vmm_log = console_log, vmm_log
-        self._printed_before = console_log.stat().st_size if console_log.exists() else 0
-        self._http = UnixHttp(shared.api, f"Firecracker (pid {process.identity.pid})")
-
-    async def call(self, call: Call) -> Any:
-        """Send a request; its answer. Raises VmmFailure, StorageFull."""
-        return await self._http.call(call)
-
-    async def status(self) -> MachineStatus:
-        """Ask for the state of the VM (GET /)."""
-        told = await self._http.call(api.describe())
-        return _STATUS.get(told["state"], MachineStatus.UNKNOWN)
-
-    async def pause(self) -> None:
-        """Stop the vCPUs (PATCH /vm)."""
-        await self._http.call(api.pause())
-
-    async def resume(self) -> None:
-        """Let the vCPUs run (PATCH /vm)."""
-        await self._http.call(api.resume())
+        self._shared, self._vmm_log = shared, vmm_log
 
     async def save_devices(self, destination: Path, memory: Path | None = None) -> None:
         """Write device state; all memory too where it is anonymous (PUT /snapshot/create).
@@ -98,29 +73,6 @@ class FirecrackerMachine:
         """The dropped memory as the host sees it: by the process's own root (proc(5))."""
         return Path(f"/proc/{self.process.pid}/root{SharedDirectory.SCRATCH}")
 
-    async def begin_disk_copy(self, index: int, copy: Path) -> bool:
-        """Firecracker does not tell what changes on a disk."""
-        return False
-
-    async def finish_disk_copy(self, index: int) -> None:
-        """Nothing: no copy is ever under way."""
-
-    async def end_disk_copy(self, index: int) -> None:
-        """Nothing: no copy is ever under way."""
-
-    async def dial_agent(self) -> AgentStream:
-        """Connect to the agent's vsock port."""
-        return await dial_vsock(
-            self._shared.agent,
-            AGENT_VSOCK_PORT,
-            deadline=_AGENT_DEADLINE,
-            console=self._console_log,
-        )
-
-    async def power_button(self) -> None:
-        """Press Ctrl-Alt-Del (PUT /actions)."""
-        await self._http.call(api.power_button())
-
     async def kill(self) -> None:
         """SIGKILL Firecracker, prove its death and remove its sockets."""
         await self._process.kill()
@@ -132,31 +84,16 @@ class FirecrackerMachine:
         await self._process.wait()
         await asyncio.to_thread(self._clear)
 
-    async def close(self) -> None:
-        """Drop the connection; Firecracker runs on."""
-        await self._http.close()
-        self._process.close()
-
     def _clear(self) -> None:
         """Note why the guest ended, keep Firecracker's log, remove what it shared with us."""
-        with contextlib.suppress(OSError):  # no log: cleared before
-            said = _end_of(self._shared.log)
-            printed = _end_of(self._console_log, self._printed_before)
+        said = log_end(self._shared.log)
+        with contextlib.suppress(OSError):
+            printed = log_end(self._console_log, self._printed_before)
             self.shutdown_reason = self.shutdown_reason or end_of_guest(said, printed)
             with self._vmm_log.open("ab") as kept:
                 kept.write(said)
         with contextlib.suppress(OSError):
             self._shared.remove()
-
-
-def _end_of(log: Path, start: int = 0) -> bytes:
-    """The last of what a log holds from ``start`` on. Raises OSError.
-
-    Firecracker could put anything in the place of its log: only a regular file is read.
-    """
-    with open(open_regular(log), "rb") as file:  # noqa: PTH123 - a descriptor
-        file.seek(max(start, os.fstat(file.fileno()).st_size - _TAIL))
-        return file.read()
 
 
 def end_of_guest(log: bytes, console: bytes) -> str | None:
@@ -169,7 +106,7 @@ def end_of_guest(log: bytes, console: bytes) -> str | None:
     faults = (b"KVM_EXIT_INTERNAL_ERROR", b"Unexpected exit reason")
     if b"exit_code=0" not in log or any(fault in log for fault in faults):
         return None
-    return "guest-shutdown" if _EXIT_MARK in console else "guest-reset"
+    return "guest-shutdown" if EXIT_MARK in console else "guest-reset"
 
 
 def _swaps() -> bool:

@@ -19,7 +19,7 @@ from stillframe.host.files import atomic_write
 from stillframe.host.probes import kvm_works
 from stillframe.host.process import Process, adopt, run, spawn
 from stillframe.host.sockets import bind_unix, connect_socket, connect_unix
-from stillframe.model.errors import HostFailure, MissingComponent, StillframeError, VmmFailure
+from stillframe.model.errors import HostFailure, MissingComponent, VmmFailure
 from stillframe.model.values import Hypervisor, ProcessIdentity
 from stillframe.vmm.driver import (
     AgentStream,
@@ -29,6 +29,8 @@ from stillframe.vmm.driver import (
     MachineStatus,
     check_shape,
 )
+from stillframe.vmm.logs import explained
+from stillframe.vmm.probing import FEATURES, ProbeOnce
 from stillframe.vmm.qemu.boards import BOARDS
 from stillframe.vmm.qemu.command import QemuBuild, command_line
 from stillframe.vmm.qemu.copies import DiskCopies
@@ -37,7 +39,6 @@ from stillframe.vmm.tracking import tracking_environment
 from stillframe.vmm.versions import refuse_known_bad
 
 _LOAD_DEADLINE = 60.0  # seconds
-_FEATURES = ("fork", "pause", "snapshots", "standby")
 _STATUS = {
     "running": MachineStatus.RUNNING,
     "paused": MachineStatus.PAUSED,
@@ -208,25 +209,18 @@ class QemuDriver:
         self._binary = binary
         self._accelerator = accelerator
         self._cache_dir = cache_dir
-        self._probing = asyncio.Lock()
-        self._probe: DriverProbe | None = None
+        self._probed = ProbeOnce(hypervisor, self._look)
         self._build: QemuBuild | None = None
 
     async def probe(self) -> DriverProbe:
         """Find the binary, its version and an accelerator that really runs guests."""
-        async with self._probing:
-            if self._probe is None:
-                try:
-                    self._build = await self._examine()
-                    self._probe = DriverProbe(
-                        self.hypervisor, True, self._build.version_text,
-                        self._build.accelerator, self._build.processor, _FEATURES,
-                    )  # fmt: skip
-                except StillframeError as error:
-                    self._probe = DriverProbe(
-                        self.hypervisor, False, reason=error.message, hint=error.hint
-                    )
-            return self._probe
+        return await self._probed()
+
+    async def _look(self) -> DriverProbe:
+        build = self._build = await self._examine()
+        return DriverProbe(
+            self.hypervisor, True, build.version_text, build.accelerator, build.processor, FEATURES
+        )
 
     async def _examine(self) -> QemuBuild:
         binary = shutil.which(self._binary)
@@ -282,7 +276,7 @@ class QemuDriver:
                 if resources.device_state is not None:
                     await machine.loaded()
             except VmmFailure as error:
-                raise _explained(error, resources.vmm_log) from error
+                raise explained(error, resources.vmm_log, once_more=True) from error
             undo.pop_all()
         return machine
 
@@ -347,14 +341,3 @@ def _listening(sockets: _Sockets) -> Iterator[tuple[int, int]]:
             yield monitor.fileno(), agent.fileno()
     except OSError as error:
         raise HostFailure(f"the VM's sockets cannot be made: {error.strerror}") from error
-
-
-def _explained(error: VmmFailure, log: Path) -> VmmFailure:
-    """The same failure with QEMU's last words, which say why."""
-    try:
-        words = log.read_bytes()[-2048:].decode(errors="replace").strip().splitlines()[-3:]
-    except OSError:
-        words = []
-    if not words:
-        return VmmFailure(error.message, hint=error.hint, silent=True)
-    return VmmFailure(f"{error.message} ({' / '.join(words)})", hint=error.hint)

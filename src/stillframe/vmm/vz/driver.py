@@ -21,7 +21,6 @@ from stillframe.host.sockets import bind_unix, connect_unix
 from stillframe.model.errors import (
     HostFailure,
     MissingComponent,
-    StillframeError,
     StorageFull,
     VmmFailure,
 )
@@ -32,9 +31,11 @@ from stillframe.vmm.driver import (
     MachineResources,
     MachineSpec,
     MachineStatus,
+    NoDiskCopies,
     check_shape,
 )
-from stillframe.vmm.names import last_words
+from stillframe.vmm.logs import explained, log_end, log_size
+from stillframe.vmm.probing import FEATURES, ProbeOnce
 from stillframe.vmm.vsock import AGENT_ARGUMENT, AGENT_VSOCK_PORT, dial_vsock
 from stillframe.vmm.vz.probe import (
     PlatformFacts,
@@ -59,8 +60,6 @@ _NO_INITRD = Path("/dev/null")
 _DEADLINE = 60.0  # seconds
 _STATE_DEADLINE = 600.0  # seconds; all memory may have to go to or come from a slow disk
 _AGENT_DEADLINE = 120.0  # seconds for a guest to boot as far as its agent
-_FEATURES = ("fork", "pause", "snapshots", "standby")
-_TAIL = 65536  # bytes of a log that are read
 _STATUS = {
     "running": MachineStatus.RUNNING,
     "paused": MachineStatus.PAUSED,
@@ -69,7 +68,7 @@ _STATUS = {
 }
 
 
-class VzMachine:
+class VzMachine(NoDiskCopies):
     """One shim process. Implements ``Machine``."""
 
     def __init__(self, process: Process, directory: Path, vmm_log: Path) -> None:
@@ -80,7 +79,7 @@ class VzMachine:
         self._process = process
         self._directory = directory
         self._log = vmm_log
-        self._logged_before = vmm_log.stat().st_size if vmm_log.exists() else 0
+        self._logged_before = log_size(vmm_log)
 
     async def ask(self, verb: str, deadline: float = _DEADLINE, **rest: Any) -> dict[str, Any]:
         """Send a request over a connection of its own; the answer.
@@ -132,16 +131,6 @@ class VzMachine:
             destination.unlink(missing_ok=True)
             raise
 
-    async def begin_disk_copy(self, index: int, copy: Path) -> bool:
-        """The framework does not tell what changes on a disk."""
-        return False
-
-    async def finish_disk_copy(self, index: int) -> None:
-        """Nothing: no copy is ever under way."""
-
-    async def end_disk_copy(self, index: int) -> None:
-        """Nothing: no copy is ever under way."""
-
     async def dial_agent(self) -> AgentStream:
         """Connect to the agent's vsock port, through the shim."""
         return await dial_vsock(
@@ -172,13 +161,7 @@ class VzMachine:
 
     def _reason(self) -> str | None:
         """Why the guest ended, by the last line of the shim; None if it was not to say so."""
-        try:
-            with self._log.open("rb") as file:
-                size = self._log.stat().st_size
-                file.seek(max(self._logged_before, size - _TAIL))
-                lines = file.read().decode(errors="replace").splitlines()
-        except OSError:
-            return None
+        lines = log_end(self._log, self._logged_before).decode(errors="replace").splitlines()
         reasons = [line.removeprefix(ENDED) for line in lines if line.startswith(ENDED)]
         return reasons[-1] if reasons else None
 
@@ -191,24 +174,16 @@ class VzDriver:
     def __init__(self, facts: PlatformFacts | None = None) -> None:
         """``facts`` are those of this host unless given."""
         self._facts = facts or PlatformFacts.here()
-        self._probing = asyncio.Lock()
-        self._probe: DriverProbe | None = None
+        self._probed = ProbeOnce(self.hypervisor, self._look)
 
     async def probe(self) -> DriverProbe:
         """Look at the host, then have the framework validate a VM. The version is macOS's."""
-        async with self._probing:
-            if self._probe is None:
-                try:
-                    check_facts(self._facts)
-                    await ask_framework(self._facts.interpreter)
-                    self._probe = DriverProbe(
-                        self.hypervisor, True, self._facts.release, "vz", features=_FEATURES
-                    )
-                except StillframeError as error:
-                    self._probe = DriverProbe(
-                        self.hypervisor, False, reason=error.message, hint=error.hint
-                    )
-            return self._probe
+        return await self._probed()
+
+    async def _look(self) -> DriverProbe:
+        check_facts(self._facts)
+        await ask_framework(self._facts.interpreter)
+        return DriverProbe(self.hypervisor, True, self._facts.release, "vz", features=FEATURES)
 
     async def start(self, spec: MachineSpec, resources: MachineResources) -> VzMachine:
         """Spawn a shim; boot, or restore and stand still. Nothing is left on failure.
@@ -232,8 +207,7 @@ class VzDriver:
                 else:
                     await _restore(machine, spec, resources, resources.device_state)
             except VmmFailure as error:
-                words = last_words(resources.vmm_log)
-                raise VmmFailure(f"{error.message}{words}", hint=error.hint) from error
+                raise explained(error, resources.vmm_log) from error
             undo.pop_all()
         return machine
 
