@@ -19,7 +19,9 @@ from stillframe.vmm.vsock import AGENT_VSOCK_PORT
 from stillframe.vmm.vz.protocol import Description, FrameworkFailure, Refusal
 
 FILLER = bytes(range(256)) * 512  # a state file is larger than what fits into a buffer
+# Files in a VM's directory: what the double is to do, and by which it tells that it has stopped.
 REFUSES_ENTROPY, REFUSES_TO_SAVE = "refuses-entropy", "refuses-to-save"
+TOO_MANY, HANGS_AT_STOP, LET_GO = "too-many", "hangs-at-stop", "let-go"
 
 
 class Connection:
@@ -52,6 +54,8 @@ class DoubleMachine:
 
     async def start(self) -> None:
         self._only("stopped")
+        if (Path(self.description.console).parent / TOO_MANY).exists():
+            raise FrameworkFailure("too many VMs are running", Refusal.LIMIT)
         Path(self.description.console).write_text("booted\n")
         self.memory, self._state = uuid.uuid4().hex, "running"
 
@@ -82,11 +86,17 @@ class DoubleMachine:
         head, _, rest = path.read_bytes().partition(b"\n")
         saved = json.loads(head)
         if saved["of"] != self._must_agree() or rest != FILLER:
-            raise FrameworkFailure("failed to restore: invalid argument (VZErrorDomain 12)")
+            words = "failed to restore: invalid argument (VZErrorDomain 12)"
+            raise FrameworkFailure(words, Refusal.RESTORE)
         self.memory, self._state = saved["memory"], "paused"
 
     async def stop(self) -> None:
+        self._only("running", "paused")
         self._state = "stopped"
+        home = Path(self.description.console).parent
+        if (home / HANGS_AT_STOP).exists():
+            await asyncio.Event().wait()
+        (home / LET_GO).touch()
 
     async def request_stop(self) -> None:
         self._only("running")

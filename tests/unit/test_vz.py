@@ -4,28 +4,56 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import socket
+import tempfile
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from stillframe.engine.keeping.quota import expected_bytes
+from stillframe.engine.machines import foreign_to
 from stillframe.host.files import create_sparse
 from stillframe.model.errors import (
     DamagedData,
+    InsufficientResources,
     MissingComponent,
     StorageFull,
     VmmFailure,
 )
 from stillframe.model.values import Hypervisor
-from stillframe.vmm.driver import Disk, MachineResources, MachineSpec, MachineStatus
+from stillframe.vmm.driver import (
+    Disk,
+    DriverProbe,
+    MachineResources,
+    MachineSpec,
+    MachineStatus,
+)
 from stillframe.vmm.drivers import make_drivers
 from stillframe.vmm.vz.driver import VzDriver, VzMachine, network_address
 from stillframe.vmm.vz.probe import PlatformFacts
+from stillframe.vmm.vz.protocol import Description
+from stillframe.vmm.vz.service import Service
 from stillframe.vmm.vz.state import detach
-from support.vz_double import FILLER, REFUSES_ENTROPY, REFUSES_TO_SAVE, interpreter
+from support import api_double
+from support.engine import open_engine
+from support.engine import running as running_instance
+from support.vz_double import (
+    FILLER,
+    HANGS_AT_STOP,
+    LET_GO,
+    REFUSES_ENTROPY,
+    REFUSES_TO_SAVE,
+    TOO_MANY,
+    Connection,
+    DoubleFramework,
+    DoubleMachine,
+    interpreter,
+)
 
 SPEC = MachineSpec(64 << 20, 2, "vz", network=True)
 MAC = PlatformFacts("Darwin", "14.5", "arm64", bindings=True)
@@ -98,7 +126,6 @@ async def test_a_guest_boots_pauses_goes_on_and_answers(driver: VzDriver, tmp_pa
         await machine.resume()
         assert await machine.status() is MachineStatus.RUNNING
         assert await memory_of(machine) == word
-    assert machine.shutdown_reason is None
     assert not (tmp_path / "one/vz.sock").exists()
 
 
@@ -146,6 +173,53 @@ async def test_a_guest_that_shuts_down_ends_its_shim_with_a_reason(
         assert machine.shutdown_reason == "host-stop"
 
 
+async def test_a_guest_has_let_go_of_its_disks_when_it_was_ended(
+    driver: VzDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = resources(tmp_path / "one")
+    async with running(driver, what) as machine:
+        await machine.pause()
+    assert (what.directory / LET_GO).exists()
+    # A framework that hangs keeps nobody.
+    monkeypatch.setattr("stillframe.vmm.vz.driver._STOP_DEADLINE", 0.2)
+    what = resources(tmp_path / "two")
+    (what.directory / HANGS_AT_STOP).touch()
+    async with running(driver, what) as machine:
+        pass
+    assert machine.shutdown_reason is None
+    assert not (what.directory / LET_GO).exists()
+    with pytest.raises(VmmFailure):
+        await machine.status()
+
+
+async def test_a_port_that_never_answers_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stillframe.vmm.vz.service._CONNECT_DEADLINE", 0.05)
+
+    class Silent(DoubleMachine):
+        async def connect(self, port: int) -> Connection:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    class OnlySilent(DoubleFramework):
+        async def create(
+            self, description: Description, ended: Callable[[str], None]
+        ) -> DoubleMachine:
+            return Silent(description, ended)
+
+    service = Service(OnlySilent(), lambda line: None)
+    ours, theirs = socket.socketpair()
+    with tempfile.TemporaryDirectory() as home:
+        vm = Description(1, 1 << 20, "kernel", None, "", (), f"{home}/console")
+        assert await service._answer(json.dumps({"do": "boot", "vm": vm.as_json()}).encode()) == {}
+        asked = asyncio.create_task(service._talk(*await asyncio.open_unix_connection(sock=theirs)))
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        writer.write(b"CONNECT 2222\n")
+        async with asyncio.timeout(60):
+            assert await reader.read() == b""
+            await asked
+        writer.close()
+
+
 async def test_another_server_adopts_a_shim(driver: VzDriver, tmp_path: Path) -> None:
     what = resources(tmp_path / "one")
     async with running(driver, what) as machine:
@@ -172,8 +246,9 @@ async def test_state_loads_only_into_the_vm_it_was_saved_from(
         with pytest.raises(DamagedData):
             await driver.start(spec, fork)
     more = replace(fork, disks=(*fork.disks, *fork.disks))
-    with pytest.raises(VmmFailure, match="invalid argument"):
+    with pytest.raises(VmmFailure, match="invalid argument") as refused:
         await driver.start(SPEC, more)
+    assert "only on the Mac and for the user that saved it" in str(refused.value.hint)
     assert {path.name for path in fork.directory.iterdir()} == {"memory", "disk", "vmm.log"}
 
 
@@ -219,6 +294,15 @@ async def test_an_older_state_file_is_not_overwritten(driver: VzDriver, tmp_path
         with pytest.raises(VmmFailure, match="exists"):
             await machine.save_devices(tmp_path / "devices")
     assert (tmp_path / "devices").read_text() == "kept"
+
+
+async def test_a_mac_that_runs_no_more_vms_says_so(driver: VzDriver, tmp_path: Path) -> None:
+    what = resources(tmp_path / "one")
+    (what.directory / TOO_MANY).touch()
+    with pytest.raises(InsufficientResources, match="too many VMs") as refused:
+        await driver.start(SPEC, what)
+    assert "stop another VM" in str(refused.value.hint)
+    assert not (tmp_path / "one/vz.sock").exists()
 
 
 async def test_without_a_disk_nothing_is_left(driver: VzDriver, tmp_path: Path) -> None:
@@ -305,6 +389,29 @@ async def test_this_host_has_the_driver_and_its_reason(tmp_path: Path) -> None:
     made = {driver.hypervisor: driver for driver in make_drivers("qemu", "auto", tmp_path)}
     probe = await made[Hypervisor.VZ].probe()
     assert probe.available or probe.reason
+
+
+# -- what the engine makes of it -------------------------------------------------------------------
+def test_state_outlives_an_update_of_macos_and_no_other_hypervisors_version_changes() -> None:
+    here = DriverProbe(Hypervisor.VZ, True, "15.1", "vz")
+    then = api_double.instance(
+        hypervisor=Hypervisor.VZ, hypervisor_version="14.5", accelerator="vz", processor=""
+    )
+    assert foreign_to(then, here) == []
+    assert len(foreign_to(replace(then, accelerator="tcg"), here)) == 1
+    qemu = replace(then, hypervisor=Hypervisor.QEMU)
+    assert "version 14.5" in foreign_to(qemu, replace(here, hypervisor=Hypervisor.QEMU))[0]
+
+
+async def test_room_is_asked_for_all_of_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stillframe.engine.keeping.quota._clones_are_free", lambda _: False)
+    async with open_engine(tmp_path) as engine:
+        one = await running_instance(engine)
+        assert expected_bytes(engine.context, one) < one.memory_bytes
+        sealed = replace(one, hypervisor=Hypervisor.VZ)
+        assert expected_bytes(engine.context, sealed) >= one.memory_bytes
 
 
 def test_the_address_of_a_network_card_is_its_own() -> None:

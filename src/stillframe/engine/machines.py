@@ -137,13 +137,14 @@ async def boot(context: Context, instance: Instance, image: Image) -> Machine:
 def foreign_to(instance: Instance, probe: DriverProbe) -> list[str]:
     """Why memory of ``instance`` cannot run under a hypervisor as it is here; empty if it can.
 
-    The host's processor counts only where guests see it, under KVM, and where it was recorded.
+    The host's processor counts only where guests see it, under KVM, and where it was recorded. The
+    version does not where the hypervisor seals memory: state of vz loads under a newer macOS.
     """
     hypervisor = instance.hypervisor.value
-    facts = [
-        (f"with {hypervisor} version", instance.hypervisor_version, probe.version),
-        (f"with {hypervisor} accelerator", instance.accelerator, probe.accelerator),
-    ]
+    facts = [(f"with {hypervisor} accelerator", instance.accelerator, probe.accelerator)]
+    if not instance.hypervisor.seals_memory:
+        version = (f"with {hypervisor} version", instance.hypervisor_version, probe.version)
+        facts.insert(0, version)
     if instance.processor and probe.processor and instance.accelerator == probe.accelerator:
         facts.append(("on the processor", instance.processor, probe.processor))
     return [

@@ -23,6 +23,14 @@ class Hypervisor(StrEnum):
     VZ = "vz"
     FAKE = "fake"
 
+    @property
+    def seals_memory(self) -> bool:
+        """Whether it keeps guest memory to itself, and saves it within state that only it can read.
+
+        Then it alone can tell which of its versions can load that, and each save is of everything.
+        """
+        return self is Hypervisor.VZ
+
 
 CONTRACT_HYPERVISORS = tuple(one for one in Hypervisor if one is not Hypervisor.FAKE)
 

@@ -92,8 +92,11 @@ def expected_bytes(context: Context, instance: Instance) -> int:
     cloned = [paths.overlay]
     written = 0
     if instance.state is InstanceState.RUNNING and instance.process is not None:
-        cloned.append(paths.memory)
-        written = min(instance.memory_bytes, private_bytes(instance.process.pid))
+        if instance.hypervisor.seals_memory:  # all of it is written, and its process has none
+            written = instance.memory_bytes
+        else:
+            cloned.append(paths.memory)
+            written = min(instance.memory_bytes, private_bytes(instance.process.pid))
     if _clones_are_free(context.data.templates):
         return written
     with contextlib.suppress(FileNotFoundError):

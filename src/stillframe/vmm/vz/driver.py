@@ -20,7 +20,9 @@ from stillframe.host.process import Process, adopt, spawn
 from stillframe.host.sockets import bind_unix, connect_unix
 from stillframe.model.errors import (
     HostFailure,
+    InsufficientResources,
     MissingComponent,
+    StillframeError,
     StorageFull,
     VmmFailure,
 )
@@ -59,27 +61,37 @@ _CONSOLE = "console=hvc0"
 _NO_INITRD = Path("/dev/null")
 _DEADLINE = 60.0  # seconds
 _STATE_DEADLINE = 600.0  # seconds; all memory may have to go to or come from a slow disk
+_STOP_DEADLINE = 5.0  # seconds for the framework to let go of a guest
 _AGENT_DEADLINE = 120.0  # seconds for a guest to boot as far as its agent
+_RESTORE_HINT = (
+    "state loads only on the Mac and for the user that saved it, under the same or a newer macOS; "
+    "start the instance from its disks"
+)
 _STATUS = {
     "running": MachineStatus.RUNNING,
+    "starting": MachineStatus.RUNNING,
+    "resuming": MachineStatus.RUNNING,
     "paused": MachineStatus.PAUSED,
+    "pausing": MachineStatus.PAUSED,
     "saving": MachineStatus.PAUSED,
+    "restoring": MachineStatus.PAUSED,
     "stopped": MachineStatus.SHUTDOWN,
+    "stopping": MachineStatus.SHUTDOWN,
 }
 
 
 class VzMachine(NoDiskCopies):
     """One shim process. Implements ``Machine``."""
 
-    def __init__(self, process: Process, directory: Path, vmm_log: Path) -> None:
-        """``directory`` is the VM's own."""
+    def __init__(self, process: Process, resources: MachineResources) -> None:
+        """``process`` was started for a VM with these ``resources``."""
         self.process: ProcessIdentity = process.identity
         self.shutdown_reason: str | None = None
         self.writes_memory = True
         self._process = process
-        self._directory = directory
-        self._log = vmm_log
-        self._logged_before = log_size(vmm_log)
+        self._directory = resources.directory
+        self._console, self._log = resources.console_log, resources.vmm_log
+        self._logged_before = log_size(self._log)
 
     async def ask(self, verb: str, deadline: float = _DEADLINE, **rest: Any) -> dict[str, Any]:
         """Send a request over a connection of its own; the answer.
@@ -134,15 +146,23 @@ class VzMachine(NoDiskCopies):
     async def dial_agent(self) -> AgentStream:
         """Connect to the agent's vsock port, through the shim."""
         return await dial_vsock(
-            self._directory / SOCKET, AGENT_VSOCK_PORT, deadline=_AGENT_DEADLINE
-        )
+            self._directory / SOCKET, AGENT_VSOCK_PORT, deadline=_AGENT_DEADLINE,
+            console=self._console,
+        )  # fmt: skip
 
     async def power_button(self) -> None:
         """Ask the guest to shut down."""
         await self.ask("power")
 
     async def kill(self) -> None:
-        """SIGKILL the shim, which ends its VM, prove its death and remove its socket."""
+        """Have the framework stop the guest, SIGKILL the shim, prove its death, remove its socket.
+
+        The guest runs in a process of macOS's own. That ends with the shim, but nobody would say
+        when it has let go of the disks; the framework does, when it was asked to stop.
+        """
+        if self._process.alive:
+            with contextlib.suppress(StillframeError):
+                await self.ask("stop", _STOP_DEADLINE)
         await self._process.kill()
         await asyncio.to_thread(self._clear)
 
@@ -200,7 +220,7 @@ class VzDriver:
             await asyncio.to_thread(_clear, directory)
             process = await asyncio.to_thread(self._spawn, resources)
             undo.push_async_callback(process.kill)
-            machine = VzMachine(process, directory, resources.vmm_log)
+            machine = VzMachine(process, resources)
             try:
                 if resources.device_state is None:
                     await _boot(machine, spec, resources)
@@ -231,7 +251,7 @@ class VzDriver:
         """Take over a shim that an earlier server started. Raises VmmFailure."""
         adopted = adopt(process)
         try:
-            machine = VzMachine(adopted, resources.directory, resources.vmm_log)
+            machine = VzMachine(adopted, resources)
             await machine.status()
         except BaseException:
             adopted.close()
@@ -285,7 +305,7 @@ def network_address(generation_id: UUID) -> str:
 
 
 def _understood(line: bytes, name: str, verb: str) -> dict[str, Any]:
-    """The answer in a line. Raises VmmFailure, StorageFull for a refusal."""
+    """The answer in a line. Raises VmmFailure, StorageFull, InsufficientResources."""
     try:
         answer = json.loads(line)
     except ValueError as error:
@@ -296,7 +316,11 @@ def _understood(line: bytes, name: str, verb: str) -> dict[str, Any]:
         return answer
     if answer.get("kind") == Refusal.NO_SPACE:
         raise StorageFull(f"no space for what {name} writes: {answer['error']}")
-    raise VmmFailure(f"{name} refused {verb}: {answer['error']}", command=verb, refused=True)
+    words = f"{name} refused {verb}: {answer['error']}"
+    if answer.get("kind") == Refusal.LIMIT:
+        raise InsufficientResources(words, hint="stop another VM of this Mac")
+    hint = _RESTORE_HINT if answer.get("kind") == Refusal.RESTORE else None
+    raise VmmFailure(words, hint=hint, command=verb, refused=True)
 
 
 def _trailer(answer: dict[str, Any]) -> Trailer:

@@ -46,6 +46,8 @@ _STATES = {
 }
 _KINDS = {
     Virtualization.VZErrorOutOfDiskSpace: Refusal.NO_SPACE,
+    Virtualization.VZErrorRestore: Refusal.RESTORE,
+    Virtualization.VZErrorVirtualMachineLimitExceeded: Refusal.LIMIT,
     Virtualization.VZErrorInvalidVirtualMachineConfiguration: Refusal.INVALID,
     Virtualization.VZErrorInvalidVirtualMachineState: Refusal.REQUEST,
     Virtualization.VZErrorInvalidVirtualMachineStateTransition: Refusal.REQUEST,
@@ -205,7 +207,8 @@ def _configuration(description: Description) -> tuple[VZVirtualMachineConfigurat
     configuration.setPlatform_(platform)
     configuration.setCPUCount_(description.vcpus)
     configuration.setMemorySize_(description.memory_bytes)
-    configuration.setStorageDevices_([_disk(path, ro) for path, ro in description.disks])
+    disks = [_disk(number, path, ro) for number, (path, ro) in enumerate(description.disks)]
+    configuration.setStorageDevices_(disks)
     configuration.setSerialPorts_([_console(description.console)])
     socket = Virtualization.VZVirtioSocketDeviceConfiguration.alloc().init()
     configuration.setSocketDevices_([socket])
@@ -227,7 +230,8 @@ def _identifier(machine: bytes | None) -> VZGenericMachineIdentifier:
     return known
 
 
-def _disk(path: str, readonly: bool) -> Any:
+def _disk(number: int, path: str, readonly: bool) -> Any:
+    """A disk; the guest's agent finds it by its serial number."""
     attachment, error = (
         Virtualization.VZDiskImageStorageDeviceAttachment.alloc()
         .initWithURL_readOnly_cachingMode_synchronizationMode_error_(
@@ -241,7 +245,9 @@ def _disk(path: str, readonly: bool) -> Any:
     )  # fmt: skip
     if attachment is None:
         raise _failure(error)
-    return Virtualization.VZVirtioBlockDeviceConfiguration.alloc().initWithAttachment_(attachment)
+    disk = Virtualization.VZVirtioBlockDeviceConfiguration.alloc().initWithAttachment_(attachment)
+    disk.setBlockDeviceIdentifier_(f"stillframe{number}")
+    return disk
 
 
 def _console(path: str) -> Any:

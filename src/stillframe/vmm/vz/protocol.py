@@ -25,6 +25,8 @@ class Refusal(StrEnum):
     NO_SPACE = "no-space"
     INVALID = "invalid"  # the configuration as a whole, missing entitlements too
     UNSAVEABLE = "unsaveable"  # the VM would run, but its state could not be saved
+    RESTORE = "restore"  # saved by another Mac, user or VM, or damaged: the framework does not tell
+    LIMIT = "limit"  # macOS runs no more VMs
     REQUEST = "request"  # the shim does not understand, or the guest's state forbids it
     OTHER = "other"
 

@@ -27,6 +27,8 @@ from stillframe.vmm.vz.protocol import (
 )
 
 _CHUNK = 1 << 16  # bytes
+# Seconds. Apple's header on connectToPort: "does nothing if the guest does not listen".
+_CONNECT_DEADLINE = 4.0
 _ENTROPY_REFUSED = "no entropy device: with one this VM could not be saved"
 
 
@@ -207,8 +209,9 @@ class Service:
         if self._vm is None:
             return
         try:
-            guest = await self._vm.connect(port)
-        except FrameworkFailure:
+            async with asyncio.timeout(_CONNECT_DEADLINE):
+                guest = await self._vm.connect(port)
+        except (FrameworkFailure, TimeoutError):
             return  # nobody listens there yet: whoever dials asks again
         try:
             # A descriptor of our own, of whatever family it is: only read and written.
