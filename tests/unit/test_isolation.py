@@ -121,7 +121,7 @@ def test_whoever_is_killed_when_nothing_is_left(tmp_path: Path) -> None:
     if b"ptrace" in done.stderr:
         pytest.skip("this host traces no processes")
     assert done.returncode == 0, done.stderr
-    moments: list[tuple[str, int]] = []  # the launcher's system calls from the fork on, each by name and number
+    moments: list[tuple[str, int]] = []  # system calls from the fork on, by name and number
     seen: dict[str, int] = {}
     for name in re.findall(r"^(\w+)\(", trace.read_text(), re.MULTILINE):
         seen[name] = seen.get(name, 0) + 1
