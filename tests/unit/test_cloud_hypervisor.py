@@ -21,7 +21,7 @@ from stillframe.vmm.cloud_hypervisor.machine import CloudHypervisorMachine, end_
 from stillframe.vmm.cloud_hypervisor.state import SavedState, pack
 from stillframe.vmm.driver import MachineResources, MachineStatus
 from support.conversations import Exchange, Player, recorded
-from support.record_firecracker import SPEC, files
+from support.record_firecracker import NETWORKED, SPEC, files
 
 RECORDED = ["cloud-hypervisor-51.2.0", "cloud-hypervisor-53.0"]  # the oldest, and the pinned one
 RANGES = {"memory_ranges": {"data": [{"gpa": 0, "length": 4096}]}}
@@ -314,6 +314,14 @@ async def found(_: CloudHypervisorDriver) -> tuple[int, ...]:
     return (53, 0)
 
 
+async def test_a_network_is_asked_for_as_cloud_hypervisor_was_asked(tmp_path: Path) -> None:
+    cold = files(tmp_path)
+    conversation = recorded(RECORDED[-1], "boot with network")
+    async with conversing(tmp_path, conversation, resources=cold) as (one, player):
+        await driver.configure(one, NETWORKED, cold, DISKS)
+    assert player.left == []
+
+
 async def test_a_network_that_this_host_cannot_give_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,7 +329,7 @@ async def test_a_network_that_this_host_cannot_give_is_refused(
     cold = files(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingComponent, match="cannot have a network") as refused:
-        await CloudHypervisorDriver().start(replace(SPEC, network=True), cold)
+        await CloudHypervisorDriver().start(NETWORKED, cold)
     assert "network off" in str(refused.value.hint)
     assert not (tmp_path / "api.sock").exists()
 
@@ -332,7 +340,7 @@ async def test_a_network_that_cannot_be_made_is_told_by_the_launcher(
     monkeypatch.setattr(CloudHypervisorDriver, "_examine", found)
     monkeypatch.setattr(driver, "find_uplink", lambda: str(tmp_path / "no-slirp4netns"))
     with pytest.raises(MissingComponent, match="cannot have a network: ") as refused:
-        await CloudHypervisorDriver("true").start(replace(SPEC, network=True), files(tmp_path))
+        await CloudHypervisorDriver("true").start(NETWORKED, files(tmp_path))
     assert "user namespaces" in str(refused.value.hint)
     assert not (tmp_path / "api.sock").exists()
 
@@ -340,7 +348,7 @@ async def test_a_network_that_cannot_be_made_is_told_by_the_launcher(
 def test_the_network_device_is_the_same_in_every_vm(tmp_path: Path) -> None:
     cold = files(tmp_path)
     assert "net" not in driver._configuration(SPEC, cold, DISKS)
-    config = driver._configuration(replace(SPEC, network=True), cold, DISKS)
+    config = driver._configuration(NETWORKED, cold, DISKS)
     assert config["net"] == [{"id": "net", "tap": "stillframe0", "mac": "52:54:00:12:34:56"}]
     # The device is not in the sysfs of the host, which a rule for it would have to name.
     assert config["landlock_rules"] == [{"path": ".", "access": "rw"}]

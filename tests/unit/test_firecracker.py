@@ -26,7 +26,7 @@ from stillframe.vmm.firecracker.isolation import Seen, SharedDirectory, confined
 from stillframe.vmm.firecracker.machine import FirecrackerMachine, end_of_guest
 from stillframe.vmm.firecracker.probe import kvm_refusal
 from support.conversations import Exchange, Player, recorded
-from support.record_firecracker import SPEC, files
+from support.record_firecracker import NETWORKED, SPEC, files
 
 RECORDED = "firecracker-1.16.1"
 BUSYBOX = shutil.which("busybox")
@@ -260,7 +260,7 @@ async def test_a_network_that_this_host_cannot_give_is_refused(
     cold = resources(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingComponent, match="cannot have a network") as refused:
-        await made.start(replace(SPEC, network=True), cold)
+        await made.start(NETWORKED, cold)
     assert "network off" in str(refused.value.hint)
     assert not (tmp_path / "jail").exists()
 
@@ -273,7 +273,7 @@ async def test_a_network_that_cannot_be_made_is_told_by_the_launcher(
     made._version = (1, 16, 1)
     monkeypatch.setattr(driver, "find_uplink", lambda: str(tmp_path / "no-slirp4netns"))
     with pytest.raises(MissingComponent, match="cannot have a network: ") as refused:
-        await made.start(replace(SPEC, network=True), resources(tmp_path))
+        await made.start(NETWORKED, resources(tmp_path))
     assert "user namespaces" in str(refused.value.hint)
     assert kill_orphans(tmp_path, ()) == []
     assert not (tmp_path / "jail").exists()
@@ -283,8 +283,7 @@ def test_the_network_device_is_the_same_in_every_vm(tmp_path: Path) -> None:
     cold = replace(resources(tmp_path), limits=DeviceLimits(download=1000, upload=2000))
     calls = {call.path for call in driver._boot_calls(SPEC, cold)}
     assert "/network-interfaces/eth0" not in calls
-    networked = replace(SPEC, network=True)
-    bodies = {call.path: call.body for call in driver._boot_calls(networked, cold)}
+    bodies = {call.path: call.body for call in driver._boot_calls(NETWORKED, cold)}
     assert bodies["/network-interfaces/eth0"] == {
         "iface_id": "eth0", "host_dev_name": "stillframe0", "guest_mac": "52:54:00:12:34:56",
         "rx_rate_limiter": {"bandwidth": {"size": 1000, "refill_time": 1000}},
@@ -292,14 +291,15 @@ def test_the_network_device_is_the_same_in_every_vm(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-async def test_a_fork_gets_its_own_host_device_whatever_the_snapshot_names(tmp_path: Path) -> None:
-    load, shape = recorded(RECORDED, "load")[:2]
-    load["request"]["body"]["network_overrides"] = [
-        {"iface_id": "eth0", "host_dev_name": "stillframe0"}
-    ]
-    async with conversing(tmp_path, [load, shape], loaded=True) as (one, player):
-        networked = replace(SPEC, network=True)
-        await driver._configure(one, (1, 16, 1), networked, resources(tmp_path, loaded=True))
+@pytest.mark.parametrize("loaded", [False, True])
+async def test_a_network_is_asked_for_as_firecracker_was_asked(
+    tmp_path: Path, loaded: bool
+) -> None:
+    conversation = recorded(RECORDED, "load with network" if loaded else "boot with network")
+    assert any("stillframe0" in str(exchange["request"]) for exchange in conversation)
+    async with conversing(tmp_path, conversation, loaded=loaded) as (one, player):
+        given = resources(tmp_path, loaded=loaded)
+        await driver._configure(one, (1, 16, 1), NETWORKED, given)
     assert player.left == []
 
 
