@@ -28,7 +28,12 @@ from stillframe.vmm.firecracker import api
 from stillframe.vmm.firecracker.isolation import Seen, SharedDirectory, confined
 from stillframe.vmm.firecracker.machine import FirecrackerMachine
 from stillframe.vmm.firecracker.probe import kvm_refusal
-from stillframe.vmm.isolation.command import TAP, check_launch, find_uplink
+from stillframe.vmm.isolation.command import (
+    TAP,
+    USER_NAMESPACES,
+    check_launch,
+    find_uplink,
+)
 from stillframe.vmm.kernel import uncompressed_kernel
 from stillframe.vmm.logs import explained, log_size
 from stillframe.vmm.probing import FEATURES, ProbeOnce
@@ -166,11 +171,7 @@ async def _version_of(binary: str) -> api.Version:
         done = await run(command, timeout=30, check=False)
     words = done.stderr.decode(errors="replace").strip()
     if done.returncode != 0 and "no private file tree" in words:
-        raise MissingComponent(
-            f"Firecracker cannot be confined: {words}",
-            hint="run the server as root, or allow user namespaces (user_namespaces(7)); on Ubuntu "
-            "set kernel.apparmor_restrict_unprivileged_userns to 0",
-        )
+        raise MissingComponent(f"Firecracker cannot be confined: {words}", hint=USER_NAMESPACES)
     match = _VERSION.search(done.stdout)
     if match is None:
         raise MissingComponent(f"{binary} does not tell its version ({words or 'no message'})")

@@ -19,6 +19,11 @@ TAP = "stillframe0"  # the VM's end of its network, the same name in every VM
 _LAUNCHER = Path(__file__).with_name("launch.py")
 _TUN = Path("/dev/net/tun")
 _REFUSAL = b"no private network: "
+# What an ordinary user's VMM takes to be kept apart, as a hint.
+USER_NAMESPACES = (
+    "run the server as root, or allow user namespaces (user_namespaces(7)); on Ubuntu set "
+    "kernel.apparmor_restrict_unprivileged_userns to 0"
+)
 _OTHERWISE = "turn the instance's network off, or use qemu or qemu-microvm"
 
 
@@ -69,7 +74,5 @@ def check_launch(log: Path, start: int) -> None:
         if line.startswith(_REFUSAL):
             why = line.removeprefix(_REFUSAL).decode(errors="replace")
             raise MissingComponent(
-                f"the VM cannot have a network: {why}",
-                hint="run the server as root, or allow user namespaces (user_namespaces(7)); "
-                f"or {_OTHERWISE}",
+                f"the VM cannot have a network: {why}", hint=f"{USER_NAMESPACES}; or {_OTHERWISE}"
             )
