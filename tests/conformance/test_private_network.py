@@ -1,7 +1,7 @@
-"""The network of VMMs that have none themselves, with a Linux guest in it.
+"""The network that every VM has, with a Linux guest in it.
 
-Hosts without KVM run neither Firecracker nor Cloud Hypervisor, so QEMU takes their place: started
-by the same launcher, with the tap device that they would open.
+Hosts without KVM run neither Firecracker nor Cloud Hypervisor, so QEMU takes their place once:
+started by the same launcher, with the tap device that they would open.
 """
 
 from __future__ import annotations
@@ -98,6 +98,26 @@ async def fetched(bench: Bench, connection: AgentConnection, port: int, path: st
     told = await bench.run(connection, "/bin/busybox", "wget", "-q", "-O", "-", url)
     assert len(told) > 64 << 10
     return told.rstrip("\0")
+
+
+async def test_a_guest_and_its_fork_reach_this_host(bench: Bench) -> None:
+    if not bench.real:
+        pytest.skip("has no guest kernel, and so no network")
+    if not bench.name.startswith("qemu") and hindrance() is not None:
+        pytest.skip(str(hindrance()))
+    spec = replace(await bench.spec(), network=True)
+    source = networked(bench, "source")
+    async with web_server() as (port, asked):
+        async with bench.running(spec, source) as machine:
+            async with bench.agent(machine) as connection:
+                assert await fetched(bench, connection, port, "/one") == "you asked for /one"
+            await machine.pause()
+            captured = await bench.capture(machine, source)
+        async with bench.running(spec, bench.fork_of(captured, "fork")) as machine:
+            await machine.resume()
+            async with bench.agent(machine) as connection:
+                assert await fetched(bench, connection, port, "/two") == "you asked for /two"
+        assert asked == ["/one", "/two"]
 
 
 async def test_guests_of_one_address_reach_this_host_side_by_side(bench_apart: Bench) -> None:

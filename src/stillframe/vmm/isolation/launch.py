@@ -66,7 +66,7 @@ class _Making:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if isinstance(error, OSError):
-            print(f"no private {self._what}: {error.strerror or error}", file=sys.stderr)
+            print(f"no {self._what}: {error.strerror or error}", file=sys.stderr)
             sys.exit(1)
 
 
@@ -266,7 +266,7 @@ def _give_up_capabilities() -> None:
 
 def _launch(words: dict[str, list[str]], entries: list[list[str]], command: list[str]) -> None:
     tree, network = words.get("tree"), words.get("network")
-    with _Making("network" if network else "file tree"):
+    with _Making("private network" if network else "private file tree"):
         uplink = _Uplink(network[0]) if network else None
         _own_namespaces((_NEW_MOUNTS if tree else 0) | (_NEW_NETWORK if network else 0))
         if network and uplink:
@@ -276,13 +276,13 @@ def _launch(words: dict[str, list[str]], entries: list[list[str]], command: list
             switch = _Switch()
             switch.add(network[1])
     if tree:
-        with _Making("file tree"):
+        with _Making("private file tree"):
             _enter(tree[0], tree[1], entries)  # meanwhile slirp4netns starts
     if uplink:
-        with _Making("network"):
+        with _Making("private network"):
             uplink.wait()
             switch.add(_UPLINK)
-    with _Making("process"):
+    with _Making(command[0]):
         _give_up_capabilities()
         os.execvp(command[0], command[1:])  # noqa: S606 - an argument list
 
