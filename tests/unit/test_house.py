@@ -31,7 +31,11 @@ EXCEPTIONS = {
     # The command that is the server, not a client of it.
     "cli/commands/serve.py": {"stillframe.api.server", "stillframe.engine.settings"},
     # Looks at this machine itself, also when no server runs.
-    "cli/commands/host.py": {"stillframe.host.files", "stillframe.host.programs"},
+    "cli/commands/host.py": {
+        "stillframe.host.files",
+        "stillframe.host.programs",
+        "stillframe.vmm.drivers",
+    },
     "cli/commands/setup.py": {"stillframe.host.releases"},
     # Puts the server together: it alone chooses the drivers.
     "api/server.py": {"stillframe.vmm.drivers"},
