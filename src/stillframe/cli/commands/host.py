@@ -192,6 +192,7 @@ def _hypervisor(runtime: dict[str, Any]) -> Finding:
     if runtime["available"]:
         features = ", ".join(runtime.get("features") or ["available"])
         what = f"{runtime.get('version')} on {runtime.get('accelerator')}: {features}"
-        return Finding(name, "ok", what)
+        emulated = runtime.get("reason")  # why it is not accelerated, if it is not
+        return Finding(name, "ok", f"{what}; emulated: {emulated}" if emulated else what)
     reason = str(runtime.get("reason") or "not available")
     return Finding(name, "warn", reason, str(runtime.get("hint") or ""))
