@@ -1,4 +1,4 @@
-"""QEMU (6.2 to 10) on q35 and microvm: every guest is a private mapping of its memory image.
+"""QEMU (6.2 or newer) on q35 and microvm: every guest is a private mapping of its memory image.
 
 Saving devices without RAM is the QAPI command ``xen-save-devices-state`` (generic despite its
 name); loading them is an ordinary incoming migration whose stream simply has no RAM section.
