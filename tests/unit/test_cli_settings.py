@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stillframe.api.auth import SCOPES
 from stillframe.cli.settings import KEYS, Settings, load_settings
 from stillframe.engine.settings import EngineSettings
 from stillframe.model.errors import InvalidRequest
@@ -152,3 +153,10 @@ def test_the_engine_alone_has_the_same_defaults() -> None:
     both = ours.keys() & engines.keys()
     assert {"max_memory_bytes", "min_free_bytes", "accelerator"} <= both
     assert {name: ours[name] for name in both} == {name: engines[name] for name in both}
+
+
+def test_every_setting_and_kind_of_scope_is_documented() -> None:
+    operating = (Path(__file__).resolve().parents[2] / "docs/operating.md").read_text()
+    assert [key for key in KEYS if f"`{key}`" not in operating] == []
+    kinds = {scope.partition(":")[0] for scope in SCOPES}
+    assert [kind for kind in sorted(kinds) if f"`{kind}" not in operating] == []
