@@ -57,7 +57,8 @@ async def list_images(engine: Engine, tags: TagFilter) -> JSONResponse:
 async def pull_image(engine: Engine, body: ImageCreateBody) -> JSONResponse:
     """Begin to pull an image; its status tells the progress."""
     check_platform(body.platform)
-    tags = check_tags(body.tags)
+    # Asking again for an image that is here leaves its tags alone, unless it names others.
+    tags = None if body.tags is None else check_tags(body.tags)
     credentials = body.credentials.model_dump(exclude_none=True) if body.credentials else None
     image = await engine.pull_image(
         body.name, platform=body.platform or None, tags=tags, credentials=credentials or None

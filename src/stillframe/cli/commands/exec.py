@@ -108,7 +108,8 @@ def _receive(connection: ClientConnection, write: Any) -> int:
                 return int(message["exitCode"])
             raise broken_stream(str(message.get("error", "an unknown message came")))
     except ConnectionClosed as error:
-        raise broken_stream(str(error)) from error
+        told = error.rcvd.reason if error.rcvd is not None else ""
+        raise broken_stream(told or str(error)) from error
     except ValueError as error:
         raise broken_stream("a malformed message came") from error
     raise broken_stream("it was closed before the exit code")

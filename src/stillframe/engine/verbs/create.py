@@ -22,7 +22,7 @@ from stillframe.model.errors import (
     StillframeError,
 )
 from stillframe.model.states import InstanceState, Permission, Verb, permission
-from stillframe.model.units import MIB, check_name, check_tags, format_size
+from stillframe.model.units import MIB, check_encodable, check_name, check_tags, format_size
 from stillframe.model.values import Hypervisor, Image, Instance
 from stillframe.store.records import Intent
 
@@ -38,7 +38,7 @@ async def create(context: Context, request: CreateRequest) -> Instance:
     StorageFull, VmmFailure; then nothing of it is left.
     """
     wanted = _checked(context, request)
-    await context.available_driver(wanted.hypervisor)
+    await context.available_driver(context.offered(wanted.hypervisor))
     image = await context.images.ensure(request.image, platform=request.platform)
     instance = replace(wanted, image_digest=image.digest, platform=image.platform)
     _check_command(instance, image)
@@ -123,6 +123,7 @@ def _check_range(what: str, value: int, low: int, high: int, code: str) -> None:
 def check_environment(env: Mapping[str, str] | None) -> None:
     """Raises InvalidRequest for a variable that no process could be given."""
     for key, value in (env or {}).items():
+        check_encodable(key + value, what="an environment variable")
         if not key or "=" in key or "\0" in key + value:
             raise InvalidRequest(f"invalid environment variable {key[:40]!r}")
 
@@ -130,6 +131,7 @@ def check_environment(env: Mapping[str, str] | None) -> None:
 def check_command_text(entrypoint: Sequence[str] | None, cmd: Sequence[str] | None) -> None:
     """Raises InvalidRequest for a command that no process could be given."""
     parts = [*(entrypoint or ()), *(cmd or ())]
+    check_encodable("".join(parts), what="the command")
     if any("\0" in part for part in parts):
         raise InvalidRequest("a command cannot contain NUL")
 
