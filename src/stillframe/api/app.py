@@ -13,6 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from stillframe.api import errors
 from stillframe.api.auth import Authenticator
 from stillframe.api.border import Border
+from stillframe.api.repeats import Repeats
 from stillframe.api.routes import (
     copy,
     exec,
@@ -93,6 +94,7 @@ def create_app(
     app = bare_app(version)
     app.state.engine = engine
     app.state.authenticator = Authenticator(jwt_secret)
+    app.state.repeats = Repeats()
     app.state.options = ApiOptions(
         version=version,
         default_hypervisor=default_hypervisor,
