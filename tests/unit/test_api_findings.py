@@ -15,16 +15,17 @@ from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import connect
 
 from stillframe.api.app import create_app
+from stillframe.api.routes import absent
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import EngineInterface
 from stillframe.engine.moving.export import about_of
 from stillframe.model.errors import GuestFailure, InvalidRequest
-from stillframe.model.values import Hypervisor, SnapshotKind
+from stillframe.model.values import Hypervisor, ImageStatus, SnapshotKind
 from stillframe.store.archive_export import export
 from stillframe.vmm.driver import Driver
 from support.api_double import SECRET, DoubleEngine, DoubleSession, app_over, bearer, served
 from support.clock import stopped
-from support.engine import make_engine, open_engine
+from support.engine import make_engine, open_engine, running
 from support.moving import take
 
 JSON = {"Content-Type": "application/json"}
@@ -170,6 +171,96 @@ async def test_the_fake_hypervisor_is_unknown_to_a_server_without_it(tmp_path: P
         fork = {"name": "a", "target_hypervisor": "fake"}
         asked = await client.post(f"/snapshots/{made.id}/fork", json=fork)
         assert code_of(asked) == (400, "invalid_request")
+
+
+# -- routes -----------------------------------------------------------------------------------
+async def test_stats_are_what_the_kernel_counts_of_the_vmm(
+    client: httpx.AsyncClient, engine: Engine
+) -> None:
+    source = await running(engine)
+    stats = (await client.get("/instances/source/stats")).json()
+    assert (stats["instance_id"], stats["instance_name"]) == (source.id, "source")
+    assert (stats["allocated_vcpus"], stats["allocated_memory_bytes"]) == (1, source.memory_bytes)
+    assert stats["cpu_seconds"] > 0
+    assert stats["memory_vms_bytes"] > stats["memory_rss_bytes"] > 0
+    assert stats["memory_utilization_ratio"] == pytest.approx(
+        stats["memory_rss_bytes"] / source.memory_bytes, abs=1e-4
+    )
+    assert not {"network_rx_bytes", "network_tx_bytes"} & set(stats)  # nothing counts them
+    await engine.stop(source.id)
+    rest = (await client.get("/instances/source/stats")).json()
+    assert (rest["cpu_seconds"], rest["memory_rss_bytes"], rest["network_rx_bytes"]) == (0, 0, 0)
+    assert code_of(await client.get("/instances/none/stats")) == (404, "not_found")
+
+
+async def test_an_image_is_given_another_name(client: httpx.AsyncClient, engine: Engine) -> None:
+    path, wanted = "/images/stillframe%2Fbase/tag", {"target": "team/app:1.0"}
+    assert code_of(await client.post(path, json=wanted)) == (404, "not_found")
+    base = await engine.context.images.ensure("stillframe/base", tags={"a": "b"})
+    tagged = await client.post(path, json=wanted)
+    assert tagged.status_code == 201
+    assert tagged.json()["name"] == "docker.io/team/app:1.0"
+    assert (tagged.json()["digest"], tagged.json()["tags"]) == (base.digest, {"a": "b"})
+    for bad in ("team/app@" + base.digest, "Not Good", "stillframe/base:other"):
+        refused = await client.post(path, json={"target": bad})
+        assert code_of(refused) == (400, "invalid_name")
+    # Each name stands for the image by itself.
+    assert (await client.delete("/images/stillframe%2Fbase")).status_code == 204
+    made = await client.post("/instances", json={"name": "box", "image": "team/app:1.0"})
+    assert made.status_code == 201, made.text
+
+
+async def test_an_image_that_is_not_ready_gets_no_other_name(
+    client: httpx.AsyncClient, engine: Engine
+) -> None:
+    base = await engine.context.images.ensure("stillframe/base")
+    engine.context.records.put(replace(base, status=ImageStatus.FAILED))
+    refused = await client.post("/images/stillframe%2Fbase/tag", json={"target": "app:1"})
+    assert code_of(refused) == (409, "conflict")
+
+
+async def test_routes_that_are_not_carried_out_say_so() -> None:
+    async with talking_to(DoubleEngine()) as client:
+        for method, path, scope in absent.ABSENT:
+            here = path.replace("{id}", "web").replace("{volume_id}", "data")
+            answer = await client.request(method, here, json={})
+            assert code_of(answer) == (501, "not_supported"), path
+            assert answer.json()["message"] == f"{method} {path} is not supported by this server"
+            stranger = bearer(permissions=["snapshot:read"])
+            refused = await client.request(method, here, headers=stranger)
+            assert code_of(refused) == (403, "Forbidden")
+            assert refused.json()["message"] == f"missing required scope: {scope}"
+        status = (await client.get("/instances/web/auto-standby/status")).json()
+        assert (status["supported"], status["status"]) == (False, "unsupported")
+        gone = await client.get("/instances/none/auto-standby/status")
+        assert code_of(gone) == (404, "not_found")
+        assert (await client.get("/nowhere")).status_code == 404
+
+
+async def test_the_document_has_the_contracts_names_too() -> None:
+    async with talking_to(DoubleEngine()) as client:
+        document = (await client.get("/openapi.json")).json()
+        for path in ("/spec.json", "/spec.yaml"):
+            answer = await client.get(path, headers={"Authorization": ""})
+            assert answer.json() == document
+        page = await client.get("/swagger", follow_redirects=True)
+        assert page.status_code == 200
+        assert "swagger" in page.text
+
+
+async def test_resources_say_what_is_enforced(client: httpx.AsyncClient, engine: Engine) -> None:
+    there_is = (await client.get("/resources")).json()["memory"]["capacity"]
+    for number in range(2):
+        body = {
+            "name": f"big-{number}",
+            "image": "stillframe/base",
+            "size": str(there_is * 9 // 10),
+        }
+        assert (await client.post("/instances", json=body)).status_code == 201
+    told = (await client.get("/resources")).json()
+    assert told["memory"]["allocated"] > told["memory"]["capacity"]
+    enforced = {kind: told[kind]["enforced"] for kind in ("cpu", "memory", "disk", "network")}
+    assert enforced == {"cpu": False, "memory": False, "disk": True, "network": False}
 
 
 # -- commands ---------------------------------------------------------------------------------

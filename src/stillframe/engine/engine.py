@@ -335,6 +335,10 @@ class Engine(KeepingVerbs):
         """Make an image from a root file system tar, an OCI layout directory or its tar."""
         return await self.context.images.import_image(name, source, tags)
 
+    def tag_image(self, reference: str, target: str) -> Image:
+        """Give a ready image another name as well."""
+        return self.context.images.tag(reference, target)
+
     async def delete_image(self, reference: str) -> None:
         """Forget an image name; Conflict while an instance or snapshot needs it."""
         image = self.context.images.find(reference)

@@ -316,6 +316,12 @@ class EngineInterface(KeepingInterface, Protocol):
     ) -> Image:
         """Make an image from a root file system tar, an OCI layout directory or its tar."""
 
+    def tag_image(self, reference: str, target: str) -> Image:
+        """Give a ready image another name as well; it moves over if another image has it.
+
+        Raises InvalidRequest (``invalid_name``), NotFound, Conflict (not ready).
+        """
+
     async def delete_image(self, reference: str) -> None:
         """Forget an image name; Conflict while an instance or snapshot needs it."""
 

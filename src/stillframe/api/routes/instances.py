@@ -13,9 +13,11 @@ from stillframe.api.border import TAGS_QUERY, Engine, TagFilter
 from stillframe.api.errors import problems
 from stillframe.api.schemas.base import Text, respond_list
 from stillframe.api.schemas.instances import (
+    AutoStandbyStatus,
     InstanceAnswer,
     InstanceCreateBody,
     InstanceForkBody,
+    InstanceStats,
     PathInfoAnswer,
     StartBody,
     WaitAnswer,
@@ -90,6 +92,30 @@ async def create_instance(engine: Engine, body: InstanceCreateBody) -> JSONRespo
 async def get_instance(engine: Engine, id: str) -> JSONResponse:
     """Get an instance by id, name or unique id prefix."""
     return InstanceAnswer.of(engine.find_instance(id)).response()
+
+
+@router.get(
+    "/instances/{id}/stats",
+    response_model=InstanceStats,
+    responses=problems(404, 409, 501),
+    openapi_extra=needs("instance:read"),
+)
+async def get_stats(engine: Engine, id: str) -> JSONResponse:
+    """Say what the hypervisor of an instance takes; what is not measured is left out."""
+    use = engine.instance_use(engine.find_instance(id).id)
+    return InstanceStats.of(use).response()
+
+
+@router.get(
+    "/instances/{id}/auto-standby/status",
+    response_model=AutoStandbyStatus,
+    responses=problems(404, 409),
+    openapi_extra=needs("instance:read"),
+)
+async def get_auto_standby(engine: Engine, id: str) -> JSONResponse:
+    """Say that no instance of this server goes to standby by itself."""
+    engine.find_instance(id)
+    return AutoStandbyStatus().response()
 
 
 @router.delete(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AwareDatetime, Field
 
@@ -18,6 +18,7 @@ from stillframe.api.schemas.snapshots import (
     parse_delay,
 )
 from stillframe.engine.interface import CreateRequest, WaitResult
+from stillframe.engine.keeping.interface import InstanceUse
 from stillframe.model.errors import InvalidRequest
 from stillframe.model.states import InstanceState
 from stillframe.model.units import check_name, check_tags, format_duration, format_size, parse_size
@@ -274,6 +275,54 @@ def _phases(instance: Instance, now: datetime) -> dict[str, int]:
     current = max(0, int((now - instance.phase_since) / timedelta(milliseconds=1)))
     phase = instance.state.phase
     return {**phases, phase: phases.get(phase, 0) + current}
+
+
+class InstanceStats(Answer):
+    """What the hypervisor of an instance takes; zeros while it has none.
+
+    Bytes through the network are left out where nothing counts them.
+    """
+
+    instance_id: str
+    instance_name: str
+    cpu_seconds: float
+    memory_rss_bytes: int
+    memory_vms_bytes: int
+    network_rx_bytes: int | None = None
+    network_tx_bytes: int | None = None
+    allocated_vcpus: int
+    allocated_memory_bytes: int
+    memory_utilization_ratio: float | None = None
+
+    @classmethod
+    def of(cls, use: InstanceUse) -> InstanceStats:
+        """The wire form of what was measured."""
+        instance = use.instance
+        return cls(
+            instance_id=instance.id,
+            instance_name=instance.name,
+            cpu_seconds=use.cpu_seconds,
+            memory_rss_bytes=use.memory_resident_bytes,
+            memory_vms_bytes=use.memory_virtual_bytes,
+            network_rx_bytes=use.network_bytes,
+            network_tx_bytes=use.network_bytes,
+            allocated_vcpus=instance.vcpus,
+            allocated_memory_bytes=instance.memory_bytes,
+            memory_utilization_ratio=round(use.memory_resident_bytes / instance.memory_bytes, 4),
+        )
+
+
+class AutoStandbyStatus(Answer):
+    """The contract's answer where instances do not go to standby by themselves."""
+
+    supported: bool = False
+    configured: bool = False
+    enabled: bool = False
+    eligible: bool = False
+    status: Literal["unsupported"] = "unsupported"
+    reason: Literal["unsupported_platform"] = "unsupported_platform"
+    active_inbound_connections: int = 0
+    tracking_mode: Literal["conntrack_events_v4_tcp"] = "conntrack_events_v4_tcp"
 
 
 class WaitAnswer(Answer):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 from stillframe.model.lineage import Lineage, Relative
 from stillframe.model.schedules import Schedule, ScheduleRequest
 from stillframe.model.states import InstanceState
-from stillframe.model.values import Hypervisor, Snapshot
+from stillframe.model.values import Hypervisor, Instance, Snapshot
 from stillframe.model.verification import Depth, Verification
 
 if TYPE_CHECKING:  # it builds on this one
@@ -107,6 +107,21 @@ class InstanceShare:
     cpu: int
     memory_bytes: int
     disk_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceUse:
+    """What the VMM of an instance takes, all zero while there is none.
+
+    ``network_bytes`` is what has gone through its network, both ways: zero without a network, and
+    None where it is not measured.
+    """
+
+    instance: Instance
+    cpu_seconds: float = 0.0
+    memory_resident_bytes: int = 0
+    memory_virtual_bytes: int = 0
+    network_bytes: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +241,9 @@ class KeepingInterface(Protocol):
 
     async def resources(self) -> HostResources:
         """What the host has, and who has it."""
+
+    def instance_use(self, instance_id: str) -> InstanceUse:
+        """What the VMM of an instance takes. Raises NotFound, NotSupported (macOS)."""
 
     async def verify_snapshot(self, snapshot_id: str, depth: Depth) -> Verification:
         """Verify what is stored, locate damage, mark the snapshot by it. Raises NotFound."""

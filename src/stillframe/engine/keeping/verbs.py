@@ -12,6 +12,7 @@ from stillframe.engine.keeping.interface import (
     DeletionPreview,
     ExportedArchive,
     HostResources,
+    InstanceUse,
     RetentionPlan,
     RunPreview,
     SnapshotChanges,
@@ -102,6 +103,10 @@ class KeepingVerbs:
     async def resources(self) -> HostResources:
         """What the host has, and who has it."""
         return await resources.resources(self.context)
+
+    def instance_use(self, instance_id: str) -> InstanceUse:
+        """What the VMM of an instance takes."""
+        return resources.instance_use(self.context, instance_id)
 
     async def verify_snapshot(self, snapshot_id: str, depth: Depth) -> Verification:
         """Verify what is stored, locate damage, mark the snapshot by it."""
