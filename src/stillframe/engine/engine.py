@@ -134,7 +134,10 @@ class Engine(KeepingVerbs):
     async def create(self, request: CreateRequest) -> Instance:
         """Boot a new instance; returns while it is still Initializing."""
         with self.context.busy():
-            return await create.create(self.context, request)
+            made = await create.create(self.context, request)
+        if made.expires_at is not None:
+            self.scheduler.wake()
+        return made
 
     async def start(
         self,

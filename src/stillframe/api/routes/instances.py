@@ -18,10 +18,12 @@ from stillframe.api.schemas.instances import (
     InstanceCreateBody,
     InstanceForkBody,
     InstanceStats,
+    InstanceUpdateBody,
     PathInfoAnswer,
     StartBody,
     WaitAnswer,
 )
+from stillframe.api.schemas.options import parse_ttl
 from stillframe.api.schemas.snapshots import StandbyBody
 from stillframe.engine.interface import EngineInterface
 from stillframe.model.errors import InvalidRequest, InvalidState, NameConflict
@@ -92,6 +94,23 @@ async def create_instance(engine: Engine, body: InstanceCreateBody) -> JSONRespo
 async def get_instance(engine: Engine, id: str) -> JSONResponse:
     """Get an instance by id, name or unique id prefix."""
     return InstanceAnswer.of(engine.find_instance(id)).response()
+
+
+@router.patch(
+    "/instances/{id}",
+    response_model=InstanceAnswer,
+    responses=problems(404, 409, 501),
+    openapi_extra=needs("instance:write"),
+)
+async def update_instance(engine: Engine, id: str, body: InstanceUpdateBody) -> JSONResponse:
+    """Change when an instance is deleted by itself."""
+    body.check()
+    instance = engine.find_instance(id)
+    if body.expires_at is not None or body.ttl is not None:
+        instance = await engine.set_expiry(
+            instance.id, expires_at=body.expires_at, lifetime=parse_ttl(body.ttl)
+        )
+    return InstanceAnswer.of(instance).response()
 
 
 @router.get(

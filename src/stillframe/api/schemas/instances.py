@@ -96,6 +96,8 @@ class InstanceCreateBody(Body):
             cmd=self.cmd,
             network_enabled=self.network is None or self.network.enabled is not False,
             snapshot_policy=self.snapshot_policy.parse() if self.snapshot_policy else None,
+            expires_at=self.expires_at,
+            lifetime=options.parse_ttl(self.ttl),
         )
         self._refuse_unsupported()
         return request
@@ -105,7 +107,6 @@ class InstanceCreateBody(Body):
         options.check_auto_standby(self.auto_standby)
         options.check_health(self.health_check)
         options.check_restart(self.restart_policy)
-        options.check_expiry(self.expires_at, self.ttl)
         if self.network is not None:
             self.network.check()
         if self.disk_io_bps:
@@ -128,6 +129,30 @@ def check_platform(platform: str | None) -> None:
             code="invalid_platform",
             hint=f"use {' or '.join(PLATFORMS)}",
         )
+
+
+class InstanceUpdateBody(Body):
+    """What to change of an instance; an absent field stays. ``ttl`` of zero: it never expires."""
+
+    env: Env | None = None
+    auto_standby: options.AutoStandbyPolicy | None = None
+    health_check: options.HealthCheck | None = None
+    restart_policy: options.RestartPolicy | None = None
+    expires_at: AwareDatetime | None = None
+    ttl: Text | None = None
+
+    def check(self) -> None:
+        """Raises InvalidRequest with the contract's codes, NotSupported."""
+        options.check_auto_standby(self.auto_standby)
+        options.check_health(self.health_check)
+        options.check_restart(self.restart_policy)
+        if self.env is not None:
+            # The contract changes only what credentials name, of which there are none here.
+            raise InvalidRequest(
+                "env can only be changed where a credential names it",
+                hint="leave env out; a fork of a snapshot takes env",
+                field="env",
+            )
 
 
 class InstanceForkBody(Body):
@@ -230,7 +255,7 @@ class InstanceAnswer(Answer):
             image=instance.image,
             state=instance.state,
             created_at=utc(instance.created_at) or instance.created_at,
-            expires_at=None,
+            expires_at=utc(instance.expires_at),
             state_error=instance.state_error,
             hypervisor=instance.hypervisor,
             platform=instance.platform,

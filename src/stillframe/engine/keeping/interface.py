@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from stillframe.model.lineage import Lineage, Relative
@@ -220,6 +220,18 @@ class KeepingInterface(Protocol):
 
     async def family(self, instance_id: str | None = None) -> list[Relative]:
         """Every snapshot and instance (or those related to one), each measured, oldest first."""
+
+    async def set_expiry(
+        self,
+        instance_id: str,
+        *,
+        expires_at: datetime | None = None,
+        lifetime: timedelta | None = None,
+    ) -> Instance:
+        """Change when an instance is deleted by itself; a lifetime of zero, or neither: never.
+
+        Raises NotFound, InvalidRequest, InvalidState (it is being made), Conflict (expired).
+        """
 
     def find_schedule(self, instance_id: str) -> Schedule:
         """The schedule of an instance. Raises NotFound when either is missing."""

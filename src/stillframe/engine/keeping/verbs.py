@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import datetime, timedelta
 
 from stillframe.engine.context import Context
 from stillframe.engine.interface import ForkRequest
-from stillframe.engine.keeping import edit, lineage, preview, resources, retain, verify
+from stillframe.engine.keeping import edit, expiry, lineage, preview, resources, retain, verify
 from stillframe.engine.keeping.interface import (
     Compatibility,
     DeletionPreview,
@@ -25,7 +26,7 @@ from stillframe.model.errors import InvalidRequest
 from stillframe.model.lineage import Lineage, Relative
 from stillframe.model.schedules import Schedule, ScheduleRequest
 from stillframe.model.states import InstanceState
-from stillframe.model.values import Hypervisor, Snapshot
+from stillframe.model.values import Hypervisor, Instance, Snapshot
 from stillframe.model.verification import Depth, Verification
 
 
@@ -78,6 +79,21 @@ class KeepingVerbs:
     async def family(self, instance_id: str | None = None) -> list[Relative]:
         """Every snapshot and instance (or those related to one), each measured, oldest first."""
         return await lineage.family(self.context, instance_id)
+
+    async def set_expiry(
+        self,
+        instance_id: str,
+        *,
+        expires_at: datetime | None = None,
+        lifetime: timedelta | None = None,
+    ) -> Instance:
+        """Change when an instance is deleted by itself."""
+        believed = self.scheduler.clock.read()
+        changed = await expiry.set_expiry(
+            self.context, instance_id, believed, expires_at=expires_at, lifetime=lifetime
+        )
+        self.scheduler.wake()
+        return changed
 
     def find_schedule(self, instance_id: str) -> Schedule:
         """The schedule of an instance."""

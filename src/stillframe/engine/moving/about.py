@@ -131,6 +131,7 @@ def _template(context: Context, told: Snapshot, manifest: Mapping[str, Any]) -> 
         head_snapshot_id=None,
         standby_compression=None,
         standby_compression_at=None,
+        expires_at=None,
     )
 
 

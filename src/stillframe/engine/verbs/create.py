@@ -10,6 +10,7 @@ from pathlib import Path
 
 from stillframe.engine.context import Context, Phases
 from stillframe.engine.interface import CreateRequest
+from stillframe.engine.keeping.expiry import deadline
 from stillframe.engine.machines import boot_and_commit, clear_remains
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import available_bytes, remove_tree, storage_errors
@@ -40,7 +41,10 @@ async def create(context: Context, request: CreateRequest) -> Instance:
     wanted = _checked(context, request)
     await context.available_driver(context.offered(wanted.hypervisor))
     image = await context.images.ensure(request.image, platform=request.platform)
-    instance = replace(wanted, image_digest=image.digest, platform=image.platform)
+    expires_at = deadline(context, request.expires_at, request.lifetime)  # not before the pull
+    instance = replace(
+        wanted, image_digest=image.digest, platform=image.platform, expires_at=expires_at
+    )
     _check_command(instance, image)
     if context.records.instance_by_name(request.name) is not None:  # taken while we pulled
         raise _name_taken(request.name)
@@ -77,6 +81,7 @@ def _checked(context: Context, request: CreateRequest) -> Instance:
         raise InvalidRequest(
             f"vcpus must be 1 to {settings.max_vcpus}, not {vcpus}", limit=settings.max_vcpus
         )
+    deadline(context, request.expires_at, request.lifetime)
     check_environment(request.env)
     check_command_text(request.entrypoint, request.cmd)
     if memory > _host_memory():

@@ -266,6 +266,7 @@ def child_of(
         exit_code=None,
         exit_message=None,
         state_error=None,
+        expires_at=None,
         timings_ms={},
         resumed_at=None,
         parent_snapshot_id=source.snapshot_id or template.parent_snapshot_id,
