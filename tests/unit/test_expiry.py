@@ -180,6 +180,20 @@ async def test_what_has_expired_is_not_saved_while_it_goes(engine: Engine, clock
     assert refused.value.code == "instance_expired"
 
 
+async def test_what_is_given_longer_in_time_stays_though_its_turn_comes_later(
+    engine: Engine, clock: SetClock
+) -> None:
+    source = await fleeting(engine)
+    async with engine.context.exclusive(source.id, "a long verb"):
+        saving = asyncio.create_task(engine.set_expiry(source.id, lifetime=DAY))
+        await asyncio.sleep(0)
+        clock.go_on(HOUR)
+        engine.scheduler.tick()
+    assert (await saving).expires_at == START + HOUR + DAY
+    await engine.scheduler.settled()
+    assert names(engine) == ["source"]
+
+
 # -- by the contract --------------------------------------------------------------------------
 async def test_the_contract_s_fields(client: httpx.AsyncClient, engine: Engine) -> None:
     body = {"name": "box", "image": "stillframe/base", "ttl": "90m"}

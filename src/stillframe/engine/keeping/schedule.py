@@ -247,12 +247,13 @@ class Scheduler:
             await retain.delete_quietly(self._context, snapshot_id)
 
     async def _expire_instance(self, instance_id: str, _: str) -> None:
-        instance = self._context.records.instances.get(instance_id)
-        expiry = None if instance is None else instance.expires_at
-        if expiry is not None and expiry <= self.clock.read():
-            log.info("instance %s has expired", instance_id)
-            with contextlib.suppress(NotFound):  # somebody was faster
-                await stop.delete(self._context, instance_id)
+        def expired(instance: Instance) -> bool:
+            """Asked in its turn: what was under way before may have given it longer."""
+            return instance.expires_at is not None and instance.expires_at <= self.clock.read()
+
+        log.info("instance %s has come to its end", instance_id)
+        with contextlib.suppress(NotFound):  # somebody was faster
+            await stop.delete(self._context, instance_id, only_if=expired)
 
     async def _retain(self, instance_id: str) -> None:
         """Apply the retention of a schedule whose instance is gone; end it when all is done."""
