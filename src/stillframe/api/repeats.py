@@ -129,13 +129,13 @@ class Repeats:
         finally:
             gone = watching.done()
             watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
             attempt.clients -= not gone
             if attempt.outcome.done() and not attempt.clients:
                 if attempt.succeeded if attempt.keyed else gone:
                     self._kept[attempt] = None
                 else:
                     self._forget(attempt)
+            await asyncio.gather(watching, return_exceptions=True)
 
     def _forget(self, attempt: _Attempt) -> None:
         self._kept.pop(attempt, None)
@@ -161,11 +161,11 @@ async def _settle(attempt: _Attempt, work: Awaitable[Response]) -> Response:
     """The answer of the work, told to all who wait for it."""
     try:
         response = await work
-    except asyncio.CancelledError:
-        attempt.outcome.set_exception(HostFailure("the server stopped during the request"))
-        raise
     except Exception as error:
         attempt.outcome.set_exception(error)
+        raise
+    except BaseException:  # cancelled: the server stops
+        attempt.outcome.set_exception(HostFailure("the server stopped during the request"))
         raise
     else:
         attempt.outcome.set_result(response)
