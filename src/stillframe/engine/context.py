@@ -19,10 +19,16 @@ from stillframe.guest.connection import AgentConnection
 from stillframe.host.files import supports_reflink
 from stillframe.images.boot import BootPair, build_boot_pair, load_boot_pair
 from stillframe.images.library import ImageLibrary
-from stillframe.model.errors import InvalidState, NotFound, NotSupported, StillframeError
+from stillframe.model.errors import (
+    InvalidRequest,
+    InvalidState,
+    NotFound,
+    NotSupported,
+    StillframeError,
+)
 from stillframe.model.states import InstanceState
 from stillframe.model.units import new_id
-from stillframe.model.values import Hypervisor, Instance, Snapshot
+from stillframe.model.values import CONTRACT_HYPERVISORS, Hypervisor, Instance, Snapshot
 from stillframe.store.paths import DataDirectory, Payload
 from stillframe.store.records import Records
 from stillframe.vmm.driver import Driver, DriverProbe, Machine, without_driver
@@ -149,6 +155,19 @@ class Context:
                 state=instance.state.value,
             )
         return live
+
+    def offered(self, hypervisor: Hypervisor) -> Hypervisor:
+        """The hypervisor somebody asks for. Raises InvalidRequest for the fake one, if not here.
+
+        It is none of the contract's: only a server that was started with it knows it.
+        """
+        if hypervisor is Hypervisor.FAKE and hypervisor not in self.drivers:
+            raise InvalidRequest(
+                "unknown hypervisor 'fake'",
+                hint="use one of " + ", ".join(CONTRACT_HYPERVISORS),
+                field="hypervisor",
+            )
+        return hypervisor
 
     async def available_driver(self, hypervisor: Hypervisor) -> tuple[Driver, DriverProbe]:
         """The driver and what it found here. Raises NotSupported with the reason if it cannot."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 from stillframe.engine.context import Context, LiveInstance
 from stillframe.engine.machines import clear_remains, dial, end, exit_of
@@ -67,13 +68,22 @@ async def _ask(context: Context, instance: Instance, live: LiveInstance, grace: 
         await asyncio.wait([gone])
 
 
-async def delete(context: Context, instance_id: str, *, graceful: bool = True) -> None:
+async def delete(
+    context: Context,
+    instance_id: str,
+    *,
+    graceful: bool = True,
+    only_if: Callable[[Instance], bool] = lambda _: True,
+) -> None:
     """End the instance and remove all of it; snapshots stay.
 
+    ``only_if`` is asked when nobody else is at work on the instance: without it nothing is done.
     Raises NotFound; VmmFailure when its process cannot be ended (then nothing was removed);
     HostFailure when its files cannot (then it is Stopped; the next try or start removes it).
     """
     async with context.exclusive(instance_id, "delete") as instance:
+        if not only_if(instance):
+            return
         await context.compressor.cancel(instance_id)
         with contextlib.ExitStack() as undo:
             if instance_id not in context.records.intents:
