@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
-import os
 from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -29,12 +29,9 @@ async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
 def descriptors() -> Counter[str]:
     """How many of a kind this process has open: sockets, pidfds, files by path, and so on."""
     found: Counter[str] = Counter()
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{number}")
-        except FileNotFoundError:  # that of the listing itself
-            continue
-        found[target.split(":[")[0]] += 1
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            found[str(link.readlink()).split(":[")[0]] += 1
     return found
 
 

@@ -193,6 +193,17 @@ class Context:
                 if instance_id not in self.records.instances:
                     self._locks.pop(instance_id, None)
 
+    async def at_rest(self, instance_id: str) -> None:
+        """Return when no verb holds the instance."""
+        while self.is_held(instance_id):
+            async with self._locks[instance_id]:
+                pass
+
+    def is_held(self, instance_id: str) -> bool:
+        """Whether a verb holds the instance."""
+        lock = self._locks.get(instance_id)
+        return lock is not None and lock.locked()
+
     @contextlib.asynccontextmanager
     async def using(self, snapshot_id: str) -> AsyncIterator[Snapshot]:
         """Keep a snapshot's files in place during the block. Raises NotFound."""

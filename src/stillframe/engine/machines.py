@@ -18,7 +18,7 @@ import uuid
 from pathlib import Path
 
 from stillframe.engine.context import Context, LiveInstance
-from stillframe.guest.connection import AgentConnection
+from stillframe.guest.connection import AgentConnection, silent
 from stillframe.guest.identity import identify
 from stillframe.host.files import create_sparse, storage_errors
 from stillframe.images.boot import BootPair, write_config_disk
@@ -202,27 +202,38 @@ async def connect(context: Context, live: LiveInstance, timeout: float) -> Agent
 
 
 async def dial(live: LiveInstance, timeout: float) -> AgentConnection:
-    """The connection to the guest agent, made if there is none. Raises GuestFailure."""
-    async with live.dialling:
-        if live.connection is None or not live.connection.alive:
-            stream = await live.machine.dial_agent()
-            live.connection = await AgentConnection.open(
-                stream, deadline=timeout, on_event=lambda _: live.news.set()
-            )
-        return live.connection
+    """The connection to the guest agent, made if there is none.
+
+    Raises GuestFailure when that takes more than ``timeout`` seconds, VmmFailure.
+    """
+    try:
+        async with asyncio.timeout(timeout), live.dialling:
+            if live.connection is None or not live.connection.alive:
+                stream = await live.machine.dial_agent()
+                live.connection = await AgentConnection.open(
+                    stream,
+                    deadline=timeout,
+                    on_event=lambda _: live.news.set(),
+                    on_loss=live.news.set,
+                )
+            return live.connection
+    except TimeoutError as error:
+        raise silent(timeout) from error
 
 
 async def identify_guest(context: Context, instance: Instance, live: LiveInstance) -> None:
     """Make a restored or forked guest itself: entropy, clock, names. Raises GuestFailure."""
-    connection = await dial(live, context.settings.agent_timeout)
-    await identify(
-        connection,
-        seed=secrets.token_bytes(64),
-        time_ns=time.time_ns,
-        hostname=instance.name,
-        machine_id=machine_id(instance.id),
-        instance_id=instance.id,
-    )
+    patience = context.settings.agent_timeout
+    connection = await dial(live, patience)
+    async with connection.answering(patience):
+        await identify(
+            connection,
+            seed=secrets.token_bytes(64),
+            time_ns=time.time_ns,
+            hostname=instance.name,
+            machine_id=machine_id(instance.id),
+            instance_id=instance.id,
+        )
 
 
 async def end(context: Context, instance_id: str) -> None:
