@@ -18,7 +18,7 @@ from conformance.conftest import Bench
 from stillframe.guest.connection import AgentConnection
 from stillframe.guest.exec import start_exec
 from stillframe.guest.identity import identify, shutdown
-from stillframe.host.capture import MemoryCapture
+from stillframe.host.capture import BufferBudget, MemoryCapture
 from stillframe.host.files import clone, copy_into, create_sparse
 from stillframe.host.image import open_private
 from stillframe.host.memory import GuestMemory
@@ -101,7 +101,7 @@ async def test_memory_copied_while_the_guest_runs_is_whole(bench: Bench) -> None
                 open_private(image) as fd,
             ):
                 assert memory.tracked == bench.tracks_writes
-                copy = MemoryCapture(memory, fd, incremental=False, buffer_limit=1 << 28)
+                copy = MemoryCapture(memory, fd, incremental=False, budget=BufferBudget(1 << 28))
                 await asyncio.to_thread(copy.ahead)
                 await bench.keep(connection, "meanwhile")
                 await machine.pause()

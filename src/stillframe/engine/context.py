@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from stillframe.engine.settings import EngineSettings
 from stillframe.engine.telemetry import Telemetry
 from stillframe.guest.connection import AgentConnection
+from stillframe.host.capture import BufferBudget
 from stillframe.host.files import supports_reflink
 from stillframe.images.boot import BootPair, build_boot_pair, load_boot_pair
 from stillframe.images.library import ImageLibrary
@@ -106,6 +107,7 @@ class Context:
         self.telemetry = Telemetry(records.instances.values, records.snapshots.values)
         self.live: dict[str, LiveInstance] = {}
         self.starts = asyncio.Semaphore(settings.max_concurrent_starts)
+        self.capture_budget = BufferBudget(settings.capture_buffer_bytes)
         self.snapshot_users: Counter[str] = Counter()
         self._snapshot_idle = asyncio.Condition()
         self._locks: dict[str, asyncio.Lock] = {}
