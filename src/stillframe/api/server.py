@@ -270,6 +270,8 @@ async def _main(
         stack.callback((settings.data_dir / "server.json").unlink, missing_ok=True)
         server = _Server(config, lambda: _announce(settings, engine, urls, started))
         await server.serve(sockets=listeners)
+        for request in server.server_state.tasks:  # a second signal has left them at work
+            request.cancel()
         _LOG.info("stopping; instances run on")
 
 

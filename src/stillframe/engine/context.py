@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("stillframe.engine")
 T = TypeVar("T")
 _PATIENCE = 1.0  # seconds that a loaded guest waits for others to be loaded
+_VERBS_END = 60.0  # seconds that a server that ends waits for verbs, once its requests are over
 
 
 class Phases:
@@ -124,6 +125,9 @@ class Context:
         self._requests = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
+        self._verbs = 0
+        self._verbs_ended = asyncio.Event()
+        self._verbs_ended.set()
 
     # -- finding ------------------------------------------------------------------------------
     def instance(self, instance_id: str) -> Instance:
@@ -197,11 +201,11 @@ class Context:
 
     async def at_rest(self, instance_id: str) -> None:
         """Return when no verb holds the instance."""
-        while self.is_held(instance_id):
+        while self.held(instance_id):
             async with self._locks[instance_id]:
                 pass
 
-    def is_held(self, instance_id: str) -> bool:
+    def held(self, instance_id: str) -> bool:
         """Whether a verb holds the instance."""
         lock = self._locks.get(instance_id)
         return lock is not None and lock.locked()
@@ -266,6 +270,29 @@ class Context:
     async def quiet(self) -> None:
         """Return when no request is at work."""
         await self._quiet.wait()
+
+    @contextlib.contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Say that a verb is under way: the engine does not close under it."""
+        self._verbs += 1
+        self._verbs_ended.clear()
+        try:
+            yield
+        finally:
+            self._verbs -= 1
+            if not self._verbs:
+                self._verbs_ended.set()
+
+    async def verbs_ended(self) -> None:
+        """Return when no verb is under way: one that was broken off undoes what it did first.
+
+        It may have a guest stand still, which nobody could help when our connections are gone.
+        """
+        try:
+            async with asyncio.timeout(_VERBS_END):
+                await self._verbs_ended.wait()
+        except TimeoutError:
+            log.error("%d verbs do not end; the server ends without them", self._verbs)
 
     # -- state --------------------------------------------------------------------------------
     def moved(self, instance: Instance, state: InstanceState, **changes: Any) -> Instance:
@@ -362,6 +389,7 @@ async def finish(work: Awaitable[T]) -> T:
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        if not task.done():
-            await asyncio.wait([task])
+        while not task.done():  # whoever is impatient may cancel more than once
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
         raise

@@ -148,7 +148,7 @@ class Scheduler:
         while True:
             await self._context.at_rest(instance_id)
             async with self._turn:
-                if not self._context.is_held(instance_id):
+                if not self._context.held(instance_id):
                     yield
                     return
 
