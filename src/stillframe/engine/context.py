@@ -125,6 +125,7 @@ class Context:
         self._requests = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
+        self._freed = asyncio.Event()
         self._verbs = 0
         self._verbs_ended = asyncio.Event()
         self._verbs_ended.set()
@@ -253,6 +254,19 @@ class Context:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_PATIENCE):
                 await self._few_loading.wait()
+
+    # -- space --------------------------------------------------------------------------------
+    def space_freed(self) -> None:
+        """Something was deleted: what found no space is tried again."""
+        self.compressor.space_freed()
+        freed, self._freed = self._freed, asyncio.Event()
+        freed.set()
+
+    async def space_freed_within(self, seconds: float) -> None:
+        """Return when something is deleted, or after that time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._freed.wait()
 
     # -- requests -----------------------------------------------------------------------------
     @contextlib.contextmanager

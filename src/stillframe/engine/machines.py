@@ -18,6 +18,7 @@ import uuid
 from pathlib import Path
 
 from stillframe.engine.context import Context, LiveInstance
+from stillframe.engine.space import look_after
 from stillframe.guest.connection import AgentConnection, silent
 from stillframe.guest.identity import identify
 from stillframe.host.files import create_sparse, storage_errors
@@ -267,7 +268,11 @@ async def _await_ready(context: Context, instance_id: str, live: LiveInstance) -
 
 async def _watch(context: Context, instance_id: str, live: LiveInstance) -> None:
     """Record the end of a VMM that nobody asked to end; boot it again after a guest reboot."""
-    await live.machine.wait_exit()
+    about_space = context.spawn(look_after(context, instance_id, live), name="look after space")
+    try:
+        await live.machine.wait_exit()
+    finally:
+        about_space.cancel()
     if live.ending or context.closing:
         return
     async with context.exclusive(instance_id, "VMM exit") as instance:

@@ -109,4 +109,4 @@ async def _remove(context: Context, instance: Instance) -> None:
         context.witness(stopped, note=reason)
         raise
     context.forget(instance.id)
-    context.compressor.space_freed()
+    context.space_freed()
