@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import time
+from collections import Counter
 from collections.abc import Awaitable
 from dataclasses import replace
 from hashlib import blake2b
@@ -24,6 +25,7 @@ from stillframe.host.image import open_private
 from stillframe.host.memory import GuestMemory
 from stillframe.model.errors import GuestFailure, StillframeError, VmmFailure
 from stillframe.vmm.driver import Machine, MachineResources, MachineStatus
+from support.descriptors import descriptors
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -178,6 +180,24 @@ async def test_a_vmm_outlives_us_and_is_adopted(bench: Bench) -> None:
             await adopted.kill()
         with pytest.raises(VmmFailure):
             await bench.driver.adopt(machine.process, resources)
+
+
+async def test_vms_that_were_ended_leave_nothing_open(bench: Bench) -> None:
+    """Neither by us nor by themselves: a server would run out of descriptors some day."""
+    captured = await bench.captured_guest()
+    before: Counter[str] | None = None
+    for name in ("first", "killed", "died"):
+        fork = bench.fork_of(captured, name)
+        async with bench.running(await bench.spec(), fork) as machine:
+            await machine.resume()
+            async with bench.agent(machine):
+                pass
+            if name == "died":
+                os.kill(machine.process.pid, signal.SIGKILL)
+                await machine.wait_exit()
+                await machine.close()
+        before = before or descriptors()  # the first one may make what stays for others
+    assert descriptors() == before
 
 
 async def test_kill_leaves_nothing(bench: Bench) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
-from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +15,7 @@ from stillframe.engine.interface import ForkRequest
 from stillframe.host import process
 from stillframe.model.states import InstanceState
 from stillframe.model.values import SnapshotKind
+from support.descriptors import descriptors
 from support.engine import ask, make_engine, open_engine, running
 
 
@@ -24,15 +23,6 @@ from support.engine import ask, make_engine, open_engine, running
 async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
     async with open_engine(tmp_path) as opened:
         yield opened
-
-
-def descriptors() -> Counter[str]:
-    """How many of a kind this process has open: sockets, pidfds, files by path, and so on."""
-    found: Counter[str] = Counter()
-    for link in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
-            found[str(link.readlink()).split(":[")[0]] += 1
-    return found
 
 
 async def test_a_process_that_has_ended_keeps_no_descriptor(tmp_path: Path) -> None:
