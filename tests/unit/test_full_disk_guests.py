@@ -11,7 +11,7 @@ import pytest
 from stillframe.engine import space
 from stillframe.engine.engine import Engine
 from stillframe.engine.space import LACKS_SPACE
-from stillframe.model.errors import NotFound
+from stillframe.model.errors import GuestFailure, NotFound
 from stillframe.model.states import InstanceState
 from stillframe.model.values import SnapshotKind
 from stillframe.vmm.driver import MachineStatus
@@ -47,6 +47,24 @@ async def told(engine: Engine, instance_id: str, error: str | None) -> None:
                 changed.clear()
 
 
+async def in_vain(machine: FakeMachine) -> None:
+    """Instead of ``resume``: the write is repeated, and finds no space again."""
+    machine.lacks_space.clear()
+    asyncio.get_running_loop().call_soon(machine.lacks_space.set)
+
+
+async def ask_in_vain(engine: Engine, instance_id: str) -> None:
+    """Whoever wants something of such a guest is told at once."""
+    with pytest.raises(GuestFailure, match="no space"):
+        await ask(engine, instance_id, "true")
+
+
+async def goes_on(engine: Engine, instance_id: str) -> bool:
+    """Whether the guest runs and answers, once nothing is said of it any more."""
+    await told(engine, instance_id, None)
+    return await ask(engine, instance_id, "echo", "here") == "here"
+
+
 async def test_a_guest_without_space_is_told_of_and_goes_on_after_a_deletion(
     engine: Engine,
 ) -> None:
@@ -54,10 +72,9 @@ async def test_a_guest_without_space_is_told_of_and_goes_on_after_a_deletion(
     instance_id, machine = await starved(engine)
     assert engine.find_instance(instance_id).state is InstanceState.RUNNING
     assert await machine.status() is MachineStatus.PAUSED
+    await ask_in_vain(engine, instance_id)
     await engine.delete(other.id, graceful=False)
-    await told(engine, instance_id, None)
-    assert await machine.status() is MachineStatus.RUNNING
-    assert await ask(engine, instance_id, "true") == ""
+    assert await goes_on(engine, instance_id)
 
 
 async def test_it_goes_on_when_somebody_else_frees_space(
@@ -74,13 +91,12 @@ async def test_while_there_is_still_no_space_it_is_still_told_of(
 ) -> None:
     tries = asyncio.Semaphore(0)
 
-    async def in_vain(self: FakeMachine) -> None:
-        self.lacks_space.clear()
-        asyncio.get_running_loop().call_soon(self.lacks_space.set)  # the write is repeated
+    async def counted(self: FakeMachine) -> None:
+        await in_vain(self)
         tries.release()
 
     monkeypatch.setattr(space, "_INTERVAL", 0.01)
-    monkeypatch.setattr(FakeMachine, "resume", in_vain)
+    monkeypatch.setattr(FakeMachine, "resume", counted)
     instance_id, machine = await starved(engine)
     async with asyncio.timeout(30):
         for _ in range(3):
@@ -114,6 +130,31 @@ async def test_it_can_be_stopped_and_deleted_while_it_stands_still(engine: Engin
         engine.find_instance(other_id)
 
 
+async def test_an_adopted_guest_without_space_is_made_itself_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long that takes: its memory must not be lost to a full disk."""
+    monkeypatch.setattr(space, "_SETTLED", 0.05)
+    first = make_engine(tmp_path)
+    async with open_engine(tmp_path, first):
+        instance_id, _ = await starved(first)
+        await ask_in_vain(first, instance_id)
+        await first.close()
+        second = make_engine(tmp_path)
+        object.__setattr__(second.context.settings, "agent_timeout", 0.2)
+        monkeypatch.setattr(FakeMachine, "resume", in_vain)
+        async with open_engine(tmp_path, second):
+            greeting = second.context.live[instance_id].greeting
+            assert greeting is not None
+            await asyncio.wait([greeting], timeout=1)
+            assert not greeting.done()
+            await ask_in_vain(second, instance_id)
+            monkeypatch.undo()
+            object.__setattr__(second.context.settings, "agent_timeout", 30.0)
+            second.context.space_freed()
+            assert await goes_on(second, instance_id)
+
+
 async def test_what_an_earlier_server_said_is_unsaid_when_the_guest_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,8 +164,7 @@ async def test_what_an_earlier_server_said_is_unsaid_when_the_guest_runs(
         instance_id, _ = await starved(first)
         await first.close()
         async with open_engine(tmp_path) as second:
-            await told(second, instance_id, None)
-            assert await ask(second, instance_id, "true") == ""
+            assert await goes_on(second, instance_id)
 
 
 async def test_qemu_tells_by_its_events(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import uuid
 from pathlib import Path
 
 from stillframe.engine.context import Context, LiveInstance
-from stillframe.engine.space import look_after
+from stillframe.engine.space import LACKS_SPACE, look_after, until_it_goes_on
 from stillframe.guest.connection import AgentConnection, silent
 from stillframe.guest.identity import identify
 from stillframe.host.files import create_sparse, storage_errors
@@ -191,6 +191,8 @@ async def connect(context: Context, live: LiveInstance, timeout: float) -> Agent
 
     Raises GuestFailure when the agent is silent for ``timeout`` seconds, or has been before.
     """
+    if live.machine.lacks_space.is_set():
+        raise GuestFailure(LACKS_SPACE, hint="free space in the data directory")
     if live.greeting is not None:
         await asyncio.wait([live.greeting])
         failure = None if live.greeting.cancelled() else live.greeting.exception()
@@ -223,7 +225,20 @@ async def dial(live: LiveInstance, timeout: float) -> AgentConnection:
 
 
 async def identify_guest(context: Context, instance: Instance, live: LiveInstance) -> None:
-    """Make a restored or forked guest itself: entropy, clock, names. Raises GuestFailure."""
+    """Make a restored or forked guest itself: entropy, clock, names. Raises GuestFailure.
+
+    One that is silent because it lacks space is asked again when it goes on.
+    """
+    while True:
+        try:
+            return await _identify_once(context, instance, live)
+        except GuestFailure:
+            if not live.machine.lacks_space.is_set():
+                raise
+        await until_it_goes_on(context, instance.id)
+
+
+async def _identify_once(context: Context, instance: Instance, live: LiveInstance) -> None:
     patience = context.settings.agent_timeout
     connection = await dial(live, patience)
     async with connection.answering(patience):

@@ -45,6 +45,16 @@ async def look_after(context: Context, instance_id: str, live: LiveInstance) -> 
             await _unsay(context, instance_id, live)
 
 
+async def until_it_goes_on(context: Context, instance_id: str) -> None:
+    """Return when it is not said of the instance that it lacks space, or it is gone."""
+    with context.listening(instance_id) as changed:
+        while (instance := context.records.instances.get(instance_id)) is not None:
+            if instance.state_error != LACKS_SPACE:
+                return
+            await changed.wait()
+            changed.clear()
+
+
 async def _go_on(context: Context, instance_id: str, live: LiveInstance) -> None:
     with contextlib.suppress(NotFound):
         async with context.exclusive(instance_id, "going on"):
