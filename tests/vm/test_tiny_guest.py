@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from stillframe.host.capture import MemoryCapture
+from stillframe.host.capture import BufferBudget, MemoryCapture
 from stillframe.host.files import clone, create_sparse
 from stillframe.host.image import open_private
 from stillframe.host.memory import GuestMemory
@@ -128,7 +128,7 @@ async def capture(machine: Machine, resources: MachineResources, home: Path) -> 
             GuestMemory(machine.process.pid, resources.memory_image) as memory,
             open_private(home / "image") as fd,
         ):
-            taken = MemoryCapture(memory, fd, incremental=False, buffer_limit=1 << 28)
+            taken = MemoryCapture(memory, fd, incremental=False, budget=BufferBudget(1 << 28))
             taken.ahead()
             taken.still()
             taken.after()

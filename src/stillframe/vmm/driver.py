@@ -137,6 +137,9 @@ class Machine(Protocol):
     process: ProcessIdentity
     # Why the guest ended, once it has: guest-shutdown, guest-reset, guest-panic or host-...
     shutdown_reason: str | None
+    # Set while the VMM has the guest stand still because the file of a disk found no space; it goes
+    # on with ``resume``. Never where guests are told of an error instead.
+    lacks_space: asyncio.Event
     # Whether the VMM must write guest memory itself, because it is no private mapping of the
     # memory image that could be read from outside: see ``save_devices``.
     writes_memory: bool
