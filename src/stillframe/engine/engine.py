@@ -87,6 +87,7 @@ class Engine(KeepingVerbs):
     async def close(self) -> None:
         """Stop watching; VMs run on."""
         self.context.closing = True
+        await self.context.verbs_ended()
         await self.context.warm.close()
         await self.context.compressor.close()
         await self.context.expanded.close()

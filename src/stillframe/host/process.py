@@ -221,6 +221,7 @@ class Process:
             darwin.reap(self.identity.pid)
         else:
             self._reap()
+        self._release()
         if self._gone is not None and not self._gone.done():
             self._gone.set_result(None)
 
@@ -260,12 +261,16 @@ class Process:
 
     def close(self) -> None:
         """Stop watching; the process runs on."""
+        if self._gone is not None and not self._ended:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+        self._ended = True
+        self._release()
+
+    def _release(self) -> None:
+        """Close the descriptor: of a process that has ended nobody asks anything more by it."""
         if self._pidfd >= 0:
-            if self._gone is not None and not self._ended:
-                asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = -1
-            self._ended = True
 
 
 def spawn(

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -141,8 +141,18 @@ class Scheduler:
         Raises NotFound and what a snapshot raises, which the schedule records too.
         """
         self.find(instance_id)
-        async with self._turn:
+        async with self._turn_with(instance_id):
             return await self._run(self._begin(self.find(instance_id)))
+
+    @contextlib.asynccontextmanager
+    async def _turn_with(self, instance_id: str) -> AsyncIterator[None]:
+        """The turn, when no verb is at work on the instance: others do not wait for its end."""
+        while True:
+            await self._context.at_rest(instance_id)
+            async with self._turn:
+                if not self._context.held(instance_id):
+                    yield
+                    return
 
     # -- the task -----------------------------------------------------------------------------
     def start(self) -> None:
@@ -264,7 +274,7 @@ class Scheduler:
                 self._context.records.drop_schedule(instance_id)
 
     async def _run_due(self, instance_id: str) -> None:
-        async with self._turn:
+        async with self._turn_with(instance_id):
             schedule = self._context.records.schedules.get(instance_id)
             if schedule is None or schedule.paused or schedule.next_run_at > self._context.now():
                 return  # changed, or run by hand, while it waited for its turn

@@ -109,7 +109,8 @@ class KeepingVerbs:
 
     async def run_schedule(self, instance_id: str) -> Schedule:
         """Take the schedule's snapshot now, then apply its retention."""
-        return await self.scheduler.run(instance_id)
+        with self.context.under_way():
+            return await self.scheduler.run(instance_id)
 
     async def explain_retention(self, instance_id: str) -> RetentionPlan:
         """What the schedule's retention would do now, and why."""
@@ -152,11 +153,12 @@ class KeepingVerbs:
     ) -> Snapshot:
         """A new snapshot from the bytes of an archive; durable on return."""
         wishes = arrival.ImportWishes(name, allow_foreign, add_image)
-        if upload is not None:
-            return await self.uploads.take(upload, offset, chunks, wishes)
-        if offset:
-            raise InvalidRequest("an import at an offset must say of which upload")
-        return await arrival.import_snapshot(self.context, chunks, wishes)
+        with self.context.under_way():
+            if upload is not None:
+                return await self.uploads.take(upload, offset, chunks, wishes)
+            if offset:
+                raise InvalidRequest("an import at an offset must say of which upload")
+            return await arrival.import_snapshot(self.context, chunks, wishes)
 
     def upload_status(self, upload: str) -> UploadStatus:
         """How far such an import has come."""

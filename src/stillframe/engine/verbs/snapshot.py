@@ -180,4 +180,4 @@ async def delete_snapshot(context: Context, snapshot_id: str) -> None:
     with storage_errors("remove the files of the snapshot; the next start will"):
         await asyncio.to_thread(remove_tree, context.data.snapshot(snapshot_id).directory)
     context.records.fulfil(subject)
-    context.compressor.space_freed()
+    context.space_freed()
