@@ -9,6 +9,7 @@ import pytest
 from hypeman import Hypeman, NotFoundError
 
 from support.contract import IMAGE, Maker, Refused, body_of
+from support.server import eventually_empty
 
 NO_ID = "z" * 24
 
@@ -78,7 +79,8 @@ def test_nothing_is_known_by_a_wrong_id(sdk: Hypeman, refused: Refused) -> None:
         ({"hypervisor": "xen"}, (400, "Bad Request")),
         ({"hypervisor": "vz"}, (501, "not_supported")),
         ({"volumes": [{"volume_id": "v", "mount_path": "/m"}]}, (501, "not_supported")),
-        ({"ttl": "1h"}, (501, "not_supported")),
+        ({"ttl": "soon"}, (400, "invalid_ttl")),
+        ({"restart_policy": {"policy": "always"}}, (501, "not_supported")),
     ],
 )
 def test_a_bad_wish_leaves_nothing_behind(
@@ -166,3 +168,18 @@ def test_forks_of_a_running_instance_run_beside_it(sdk: Hypeman, make: Maker) ->
         made.id, name=f"{made.name}-rest", from_running=True, target_state="Standby"
     )
     assert resting.state == "Standby"
+
+
+def test_an_instance_with_an_end_is_told_and_changed_by_the_sdk(sdk: Hypeman, make: Maker) -> None:
+    made = make(ttl="1h")
+    assert made.expires_at is not None
+    stats = sdk.instances.stats(made.id)
+    assert stats.instance_id == made.id
+    assert stats.memory_rss_bytes > 0
+    later = sdk.instances.update(made.id, ttl="2h").expires_at
+    assert later is not None
+    assert later > made.expires_at
+    assert sdk.instances.update(made.id, ttl="0s").expires_at is None
+    # A second is enough to see it go; how soon is the scheduler's to say.
+    sdk.instances.update(made.id, ttl="1s")
+    eventually_empty(lambda: [one for one in sdk.instances.list() if one.id == made.id], 60)
