@@ -19,7 +19,8 @@ from pathlib import Path
 
 from stillframe.host.files import clone, create_sparse
 from stillframe.model.errors import VmmFailure
-from stillframe.vmm.driver import DeviceLimits, Disk, MachineResources, MachineSpec
+from stillframe.model.values import DeviceLimits
+from stillframe.vmm.driver import Disk, MachineResources, MachineSpec
 from stillframe.vmm.firecracker import api
 from stillframe.vmm.firecracker.driver import FirecrackerDriver
 from support.conversations import DIRECTORY, Exchange, recording

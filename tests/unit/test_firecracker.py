@@ -20,7 +20,8 @@ from stillframe.host.process import Process, spawn
 from stillframe.host.programs import find_program
 from stillframe.host.sockets import connect_socket
 from stillframe.model.errors import NotSupported, StorageFull, VmmFailure
-from stillframe.vmm.driver import DeviceLimits, MachineResources, MachineStatus
+from stillframe.model.values import DeviceLimits
+from stillframe.vmm.driver import MachineResources, MachineStatus
 from stillframe.vmm.firecracker import api, driver, machine
 from stillframe.vmm.firecracker.isolation import Seen, SharedDirectory, confined
 from stillframe.vmm.firecracker.machine import FirecrackerMachine, end_of_guest

@@ -20,8 +20,16 @@ from stillframe.api.schemas.snapshots import (
 from stillframe.engine.interface import CreateRequest, WaitResult
 from stillframe.model.errors import InvalidRequest
 from stillframe.model.states import InstanceState
-from stillframe.model.units import check_name, check_tags, format_duration, format_size, parse_size
-from stillframe.model.values import Hypervisor, Instance, PathInfo, SnapshotPolicy
+from stillframe.model.units import (
+    check_name,
+    check_tags,
+    format_duration,
+    format_rate,
+    format_size,
+    parse_disk_rate,
+    parse_size,
+)
+from stillframe.model.values import DeviceLimits, Hypervisor, Instance, PathInfo, SnapshotPolicy
 
 _PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9]+(/[a-z0-9.]+)?")
 PLATFORMS = ("linux/amd64", "linux/arm64")
@@ -95,9 +103,18 @@ class InstanceCreateBody(Body):
             cmd=self.cmd,
             network_enabled=self.network is None or self.network.enabled is not False,
             snapshot_policy=self.snapshot_policy.parse() if self.snapshot_policy else None,
+            limits=self._limits(),
         )
         self._refuse_unsupported()
         return request
+
+    def _limits(self) -> DeviceLimits:
+        network = self.network or options.NetworkBody()
+        return DeviceLimits(
+            disk=parse_disk_rate(self.disk_io_bps) if self.disk_io_bps else 0,
+            download=network.rate("bandwidth_download"),
+            upload=network.rate("bandwidth_upload"),
+        )
 
     def _refuse_unsupported(self) -> None:
         options.check_hotplug(self.hotplug_size)
@@ -107,9 +124,6 @@ class InstanceCreateBody(Body):
         options.check_expiry(self.expires_at, self.ttl)
         if self.network is not None:
             self.network.check()
-        if self.disk_io_bps:
-            options.check_rate(self.disk_io_bps, code="invalid_disk_io_bps")
-            raise options.unsupported("disk_io_bps")
         for field in ("credentials", "devices", "volumes", "skip_guest_agent"):
             if getattr(self, field):
                 raise options.unsupported(field)
@@ -236,11 +250,14 @@ class InstanceAnswer(Answer):
             size=format_size(instance.memory_bytes),
             overlay_size=format_size(instance.overlay_bytes),
             vcpus=instance.vcpus,
+            disk_io_bps=format_rate(instance.limits.disk),
             env=dict(instance.env),
             tags=dict(instance.tags),
             network=NetworkAnswer(
                 enabled=instance.network_enabled,
                 name="default" if instance.network_enabled else None,
+                bandwidth_download=format_rate(instance.limits.download),
+                bandwidth_upload=format_rate(instance.limits.upload),
             ),
             has_snapshot=instance.has_snapshot,
             snapshot_policy=SnapshotPolicyAnswer.of(instance.snapshot_policy),

@@ -38,7 +38,7 @@ async def create(context: Context, request: CreateRequest) -> Instance:
     StorageFull, VmmFailure; then nothing of it is left.
     """
     wanted = _checked(context, request)
-    await context.available_driver(wanted.hypervisor)
+    await context.available_driver(wanted.hypervisor, wanted.limits)
     image = await context.images.ensure(request.image, platform=request.platform)
     instance = replace(wanted, image_digest=image.digest, platform=image.platform)
     _check_command(instance, image)
@@ -102,6 +102,7 @@ def _checked(context: Context, request: CreateRequest) -> Instance:
         cmd=None if request.cmd is None else tuple(request.cmd),
         network_enabled=request.network_enabled,
         snapshot_policy=request.snapshot_policy,
+        limits=request.limits,
     )
 
 

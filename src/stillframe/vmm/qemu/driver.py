@@ -24,13 +24,14 @@ from stillframe.model.values import Hypervisor, ProcessIdentity
 from stillframe.vmm.driver import (
     AgentStream,
     DriverProbe,
+    Limit,
     MachineResources,
     MachineSpec,
     MachineStatus,
     check_shape,
 )
 from stillframe.vmm.logs import explained
-from stillframe.vmm.probing import FEATURES, ProbeOnce
+from stillframe.vmm.probing import ProbeOnce, features
 from stillframe.vmm.qemu.boards import BOARDS
 from stillframe.vmm.qemu.command import QemuBuild, command_line
 from stillframe.vmm.qemu.copies import DiskCopies
@@ -190,6 +191,8 @@ class QemuMachine:
 class QemuDriver:
     """One of QEMU's machines. Implements ``Driver``."""
 
+    limits = frozenset({Limit.DISK})  # its user-mode network has no limit
+
     def __init__(
         self,
         binary: str = "qemu-system-x86_64",
@@ -219,7 +222,12 @@ class QemuDriver:
     async def _look(self) -> DriverProbe:
         build = self._build = await self._examine()
         return DriverProbe(
-            self.hypervisor, True, build.version_text, build.accelerator, build.processor, FEATURES
+            self.hypervisor,
+            True,
+            build.version_text,
+            build.accelerator,
+            build.processor,
+            features(self.limits),
         )
 
     async def _examine(self) -> QemuBuild:
