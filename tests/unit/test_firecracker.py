@@ -27,7 +27,7 @@ from stillframe.vmm.firecracker.isolation import Seen, SharedDirectory, confined
 from stillframe.vmm.firecracker.machine import FirecrackerMachine, end_of_guest
 from stillframe.vmm.firecracker.probe import kvm_refusal
 from support.conversations import Exchange, Player, recorded
-from support.record_firecracker import SPEC, files
+from support.record_firecracker import LIMITED, SPEC, files
 
 RECORDED = "firecracker-1.16.1"
 BUSYBOX = shutil.which("busybox")
@@ -73,7 +73,7 @@ async def conversing(
 
 
 def resources(home: Path, *, loaded: bool = False) -> MachineResources:
-    cold = files(home)
+    cold = files(home, LIMITED)
     return replace(cold, device_state=home / "devices") if loaded else cold
 
 

@@ -110,8 +110,9 @@ class MachineResources:
     ``directory`` is private to the VM and receives the sockets; ``memory_image`` is an existing
     file of exactly ``memory_bytes``, mapped privately and never written; ``device_state`` is None
     for a cold boot; ``generation_id`` is fresh for every boot and fork (VMGenID). ``tap`` is a
-    network device of this host, for VMMs without a network of their own; ``limits`` hold before
-    the guest's first step, whatever device state says (see ``Driver.limits``).
+    network device of this host, for VMMs without a network of their own; those of ``limits``
+    that are set hold before the guest's first step, whatever device state says (see
+    ``Driver.limits``).
     """
 
     directory: Path
