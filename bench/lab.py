@@ -18,7 +18,9 @@ from bench.guest_image import NAME, import_image
 from bench.hand import Hand
 from bench.peer import PeerVm, remove
 from bench.server import running_server, vmm_pids
+from stillframe.model.values import Hypervisor
 from stillframe.store.paths import DataDirectory
+from stillframe.vmm.qemu.boards import BOARDS
 
 Json = dict[str, Any]
 _SETTLE_SECONDS = 0.5  # after a fork or boot, until its guest is as busy as it will be
@@ -116,8 +118,15 @@ class Lab:
         booted: Json = self.client.request("GET", f"/instances/{instance}").body
         if guest.hypervisor == "qemu":
             self.about = booted
-        self._hands.setdefault(guest, Hand.like(self.data, booted))
+        if Hypervisor(guest.hypervisor) in BOARDS:
+            self._hands.setdefault(guest, Hand.like(self.data, booted))
         return booted
+
+    def missing(self, hypervisor: str) -> str | None:
+        """Why the server has no such hypervisor; None if it has."""
+        runtimes = self.client.request("GET", "/capabilities").body["runtimes"]
+        found: Json = next(one for one in runtimes if one["name"] == hypervisor)
+        return None if found["available"] else str(found["reason"])
 
     def snapshot(self, instance: str) -> Reply:
         """A Standby snapshot of a running VM."""

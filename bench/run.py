@@ -25,9 +25,9 @@ from types import FrameType
 
 from bench import (
     rows_forks,
+    rows_hypervisors,
     rows_keeping,
     rows_many,
-    rows_microvm,
     rows_pause,
     rows_restore,
     rows_storage,
@@ -50,7 +50,7 @@ class Block:
 # In the order of the table.
 KEYS = (
     *rows_forks.KEYS, *rows_pause.KEYS, *rows_storage.KEYS, *rows_many.KEYS, *rows_restore.KEYS,
-    *rows_microvm.KEYS, *rows_keeping.KEYS,
+    *rows_hypervisors.KEYS, *rows_keeping.KEYS,
 )  # fmt: skip
 # In the order of measuring: memory first, while nothing else has moved it yet.
 BLOCKS = (
@@ -60,7 +60,7 @@ BLOCKS = (
     Block(("second-snapshot",), rows_storage.measure),
     Block(rows_many.KEYS, rows_many.measure),
     Block(rows_restore.KEYS, rows_restore.measure),
-    Block(rows_microvm.KEYS, rows_microvm.measure),
+    Block(rows_hypervisors.KEYS, rows_hypervisors.measure),
     Block(rows_keeping.KEYS, rows_keeping.measure),
 )
 

@@ -176,10 +176,14 @@ def _one_warm(stage: Stage) -> None:
         raise Violation(f"no fork gets warm: {status} {answer}")
 
 
-def _cool_and_delete(stage: Stage) -> None:
+def _cool(stage: Stage) -> None:
     cool(stage)
-    delete_named(stage)
     stage.world.quiet()  # the next one may have been in the making
+
+
+def _cool_and_delete(stage: Stage) -> None:
+    delete_named(stage)
+    _cool(stage)
 
 
 def _is_cool(stage: Stage) -> bool:
@@ -377,7 +381,7 @@ MORE_VERBS = (
     Verb("two forks at once", _fork_pair, _pair_forked, cleanup=_delete_pair),
     Verb("fork that is warm", _fork_live, forked("Running", "of-source"), _one_warm,
          _cool_and_delete, background=True),
-    Verb("end of warm forks", lambda stage: set_warm(stage, 0), _is_cool, _one_warm, cool,
+    Verb("end of warm forks", lambda stage: set_warm(stage, 0), _is_cool, _one_warm, _cool,
          background=True),
     Verb("export", _export, _as_before, _first_export),
     Verb("import", _import, _imported, _archive, delete_snapshot_named),

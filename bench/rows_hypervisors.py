@@ -1,4 +1,7 @@
-"""The row about QEMU's other machine: forks and pauses on microvm beside those on q35."""
+"""The rows about other hypervisors: forks and pauses on each beside those on QEMU's q35.
+
+A hypervisor that this host does not have has a row too, which says why there is no figure.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,27 @@ from bench.results import Row, figure, median_phases
 from bench.rows_forks import quiet
 from bench.rows_pause import Pauses, snapshot_ticking
 
-KEYS = ("microvm",)
-MICROVM = replace(SMALL, hypervisor="qemu-microvm")
+KEYS = ("microvm", "firecracker", "cloud-hypervisor")
 
 
-def measure(lab: Lab, _wanted: set[str]) -> list[Row]:
-    """The row of ``KEYS``."""
+def measure(lab: Lab, wanted: set[str]) -> list[Row]:
+    """The rows of ``wanted``."""
+    return [_row(lab, key) for key in KEYS if key in wanted]
+
+
+def _row(lab: Lab, key: str) -> Row:
+    hypervisor = "qemu-microvm" if key == "microvm" else key
     row = Row(
-        "microvm", "fork over HTTP to running, qemu-microvm / qemu (256 MiB)", "shown",
+        key, f"fork over HTTP to running, {hypervisor} / qemu (256 MiB)", "shown",
     )  # fmt: skip
-    forks: dict[Guest, list[ForkTimes]] = {SMALL: [], MICROVM: []}
+    row.not_run = lab.missing(hypervisor)
+    if row.not_run is None:
+        _beside_qemu(lab, row, replace(SMALL, hypervisor=hypervisor))
+    return row
+
+
+def _beside_qemu(lab: Lab, row: Row, other: Guest) -> None:
+    forks: dict[Guest, list[ForkTimes]] = {SMALL: [], other: []}
     pauses = {guest: Pauses() for guest in forks}
     snapshots = {guest: lab.snapshot_of(guest) for guest in forks}
 
@@ -32,9 +46,9 @@ def measure(lab: Lab, _wanted: set[str]) -> list[Row]:
         lab.client.delete_snapshot(taken.body["id"])
         lab.client.delete(fork)
 
-    alternate(lab.runs, [lambda: step(SMALL), lambda: step(MICROVM)], lab.say)
+    alternate(lab.runs, [lambda: step(SMALL), lambda: step(other)], lab.say)
     running = {guest: [times.running_ms for times in found] for guest, found in forks.items()}
-    row.value = statistics.median(running[MICROVM]) / statistics.median(running[SMALL])
+    row.value = statistics.median(running[other]) / statistics.median(running[SMALL])
     for guest, found in forks.items():
         usable = [times.usable_ms for times in found]
         row.details.append(
@@ -46,4 +60,3 @@ def measure(lab: Lab, _wanted: set[str]) -> list[Row]:
         row.phases[f"fork, {guest.hypervisor}"] = median_phases([one.timings_ms for one in found])
         row.phases[f"snapshot, {guest.hypervisor}"] = median_phases(pauses[guest].timings)
     row.details += lab.clock_notes()
-    return [row]
