@@ -1,6 +1,6 @@
-"""Options of the contract that this server does not carry out yet.
+"""Options of the contract that this server does not carry out yet, and all of the network.
 
-(``NetworkBody`` has some that it does.) Their shape is checked all the same, so that a wrong value is told apart from an unsupported one;
+Their shape is checked all the same, so that a wrong value is told apart from an unsupported one;
 then anything but the default is refused with 501 ``not_supported`` naming the field. Nothing that
 changes what the caller gets is ever ignored in silence.
 """
