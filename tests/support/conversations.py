@@ -28,16 +28,19 @@ def recorded(vmm: str, name: str) -> list[Exchange]:
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Exchange]]:
-    """A list into which go all requests that are sent to VMMs meanwhile, with their answers."""
+    """A list into which go all requests that drivers make meanwhile, with their answers."""
     heard: list[Exchange] = []
     patch = pytest.MonkeyPatch()
     plain = UnixHttp._exchange
 
     async def exchange(http: UnixHttp, call: Call, what: str) -> tuple[int, bytes]:
         status, answer = await plain(http, call, what)
-        request = {"method": call.method, "path": call.path, "body": call.body}
-        body = json.loads(answer) if answer else None
-        heard.append({"request": request, "answer": {"status": status, "body": body}})
+        heard.append(
+            {
+                "request": {"method": call.method, "path": call.path, "body": call.body},
+                "answer": {"status": status, "body": json.loads(answer) if answer else None},
+            }
+        )
         return status, answer
 
     patch.setattr(UnixHttp, "_exchange", exchange)
