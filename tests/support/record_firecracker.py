@@ -27,9 +27,11 @@ from support.conversations import DIRECTORY, Exchange, recording
 
 SOURCE = Path(__file__).resolve().parents[1] / "guest" / "tiny.S"
 SPEC = MachineSpec(memory_bytes=16 << 20, vcpus=1, accelerator="kvm", network=False)
+NETWORKED = replace(SPEC, network=True)
 
 
-UNLIMITED, LIMITED = DeviceLimits(), DeviceLimits(disk=50_000_000)
+UNLIMITED = DeviceLimits()
+LIMITED = DeviceLimits(disk=50_000_000, download=1_000_000, upload=2_000_000)
 
 
 def files(home: Path, limits: DeviceLimits = UNLIMITED) -> MachineResources:
@@ -49,7 +51,7 @@ def files(home: Path, limits: DeviceLimits = UNLIMITED) -> MachineResources:
 
 
 async def record(binary: str, home: Path) -> dict[str, list[Exchange]]:
-    """Boot and capture; load and capture; be refused."""
+    """Boot and capture; load and capture; be refused; the same with a network."""
     driver = FirecrackerDriver(binary, accelerator="kvm")
     cold = files(home, LIMITED)
     heard: dict[str, list[Exchange]] = {}
@@ -79,6 +81,15 @@ async def record(binary: str, home: Path) -> dict[str, list[Exchange]]:
     (home / "devices").write_bytes(b"\xa5" * 4096)
     with recording() as heard["load damaged"], contextlib.suppress(VmmFailure):
         await driver.start(SPEC, warm)
+    with recording() as heard["boot with network"]:
+        machine = await driver.start(NETWORKED, cold)
+    await machine.pause()
+    (home / "devices").unlink()
+    await machine.save_devices(home / "devices", home / "captured")
+    await machine.kill()
+    with recording() as heard["load with network"]:
+        machine = await driver.start(NETWORKED, warm)
+    await machine.kill()
     return heard
 
 

@@ -51,6 +51,8 @@ def without_driver(hypervisor: Hypervisor) -> DriverProbe:
 # The devices that a VM booted now gets. Memory loads only into the layout it was captured with, so
 # an older one stays known: 1 had transitional virtio devices and SATA (QEMU).
 DEVICE_LAYOUT = 2
+# The address of a guest's network device: each has a network of its own, so all have the same one.
+GUEST_MAC = "52:54:00:12:34:56"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +111,8 @@ class MachineResources:
 
     ``directory`` is private to the VM and receives the sockets; ``memory_image`` is an existing
     file of exactly ``memory_bytes``, mapped privately and never written; ``device_state`` is None
-    for a cold boot; ``generation_id`` is fresh for every boot and fork (VMGenID). ``tap`` is a
-    network device of this host, for VMMs without a network of their own; those of ``limits``
-    that are set hold before the guest's first step, whatever device state says (see
+    for a cold boot; ``generation_id`` is fresh for every boot and fork (VMGenID). Those of
+    ``limits`` that are set hold before the guest's first step, whatever device state says (see
     ``Driver.limits``).
     """
 
@@ -125,7 +126,6 @@ class MachineResources:
     console_log: Path
     vmm_log: Path
     device_state: Path | None = None
-    tap: str | None = None
     limits: DeviceLimits = field(default_factory=DeviceLimits)
 
 
