@@ -21,6 +21,7 @@ from stillframe.model.values import PathInfo
 
 LOG_SOURCES = ("app", "vmm", "hypeman")
 _TAIL_BLOCK = 1 << 16
+_MAX_TAIL = 8 << 20  # bytes looked at for the last lines, however many were asked for
 _MAX_LINE = 1 << 16
 
 
@@ -140,15 +141,18 @@ async def logs(
 
 
 def _tail(path: Path, count: int) -> tuple[list[str], int]:
-    """The last ``count`` whole lines and the position behind them."""
+    """The last ``count`` whole lines, as far as ``_MAX_TAIL`` goes, and the position behind."""
+    blocks: list[bytes] = []
+    found = 0
     with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        start, data = end, b""
-        while start > 0 and data.count(b"\n") <= count and len(data) < (64 << 20):
+        start = end = file.seek(0, os.SEEK_END)
+        while start > 0 and found <= count and end - start < _MAX_TAIL:
             step = min(_TAIL_BLOCK, start)
             start -= step
             file.seek(start)
-            data = file.read(step) + data
+            blocks.append(file.read(step))
+            found += blocks[-1].count(b"\n")
+    data = b"".join(reversed(blocks))
     whole, _, rest = data.rpartition(b"\n")
     lines = deque(whole.split(b"\n") if whole else (), maxlen=count)
     return [_text(line) for line in lines], end - len(rest)
