@@ -21,7 +21,6 @@ from stillframe.model.values import PathInfo
 
 LOG_SOURCES = ("app", "vmm", "hypeman")
 _TAIL_BLOCK = 1 << 16
-_MAX_TAIL = 8 << 20  # bytes looked at for the last lines, however many were asked for
 _MAX_LINE = 1 << 16
 
 
@@ -141,18 +140,15 @@ async def logs(
 
 
 def _tail(path: Path, count: int) -> tuple[list[str], int]:
-    """The last ``count`` whole lines, as far as ``_MAX_TAIL`` goes, and the position behind."""
-    blocks: list[bytes] = []
-    found = 0
+    """The last ``count`` whole lines and the position behind them."""
     with path.open("rb") as file:
-        start = end = file.seek(0, os.SEEK_END)
-        while start > 0 and found <= count and end - start < _MAX_TAIL:
+        end = file.seek(0, os.SEEK_END)
+        start, data = end, b""
+        while start > 0 and data.count(b"\n") <= count and len(data) < (64 << 20):
             step = min(_TAIL_BLOCK, start)
             start -= step
             file.seek(start)
-            blocks.append(file.read(step))
-            found += blocks[-1].count(b"\n")
-    data = b"".join(reversed(blocks))
+            data = file.read(step) + data
     whole, _, rest = data.rpartition(b"\n")
     lines = deque(whole.split(b"\n") if whole else (), maxlen=count)
     return [_text(line) for line in lines], end - len(rest)
