@@ -211,7 +211,7 @@ def _fill(
     except (Conflict, InvalidRequest, NotFound):  # there is no such archive any more
         part.unlink()
         raise
-    except (StillframeError, KeyboardInterrupt) as error:
+    except (StillframeError, OSError, KeyboardInterrupt) as error:
         if getattr(error, "code", "") == "damaged" or not _part(final, download.tag)[1]:
             part.unlink()
         else:
