@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,3 +43,13 @@ def reflink_dir(reflink_root: Path, request: pytest.FixtureRequest) -> Iterator[
     directory.mkdir()
     yield directory
     shutil.rmtree(directory)
+
+
+@pytest.fixture
+def another_file_system(tmp_path: Path) -> Iterator[Path]:
+    """A directory on another file system than ``tmp_path``."""
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system")
+    with tempfile.TemporaryDirectory(dir=shared, prefix="stillframe-") as directory:
+        yield Path(directory)

@@ -46,6 +46,9 @@ class MemoryRecords:
     def fulfil(self, subject: str | None) -> None:
         self.intents.pop(subject, None)
 
+    def need_image(self, digest: str) -> bool:
+        return False
+
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[Registry]:

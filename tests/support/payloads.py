@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 from blake3 import blake3
 from hypothesis import strategies as st
 
@@ -89,3 +92,15 @@ def verified(payload: Payload, depth: Depth = Depth.FULL, **options: object) -> 
     """The result of verifying a payload."""
     *_, last = verify(payload, depth, **options)  # type: ignore[arg-type]
     return last
+
+
+def broken_reads(monkeypatch: pytest.MonkeyPatch, path: Path, bad: int) -> None:
+    """Make reading the byte ``bad`` of a file fail, as a bad sector does."""
+    inode, pread = path.stat().st_ino, os.pread
+
+    def read(fd: int, length: int, offset: int) -> bytes:
+        if os.fstat(fd).st_ino == inode and offset <= bad < offset + length:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(fd, length, offset)
+
+    monkeypatch.setattr(os, "pread", read)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from stillframe.host.files import (
     allocated_bytes,
     atomic_write,
     clone,
+    clone_into,
     create_sparse,
     data_extents,
     new_file,
@@ -39,6 +41,62 @@ def test_a_clone_equals_its_source_and_keeps_its_holes(tmp_path: Path) -> None:
     assert copy.read_bytes() == source.read_bytes()
     assert allocated_bytes(copy) <= 2 * MIB
     assert copy.stat().st_mode & 0o777 == 0o600
+
+
+def holey(path: Path) -> Path:
+    """A file of 64 MiB with a little data."""
+    create_sparse(path, 64 * MIB)
+    with path.open("r+b") as file:
+        file.seek(10 * MIB)
+        file.write(b"data" * 1000)
+    return path
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY])
+def test_f52_where_blocks_cannot_be_shared_a_clone_is_a_sparse_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    source, copy = holey(tmp_path / "a"), tmp_path / "b"
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    assert clone(source, copy) is CloneKind.SPARSE_COPY
+    assert copy.read_bytes() == source.read_bytes()
+    assert allocated_bytes(copy) <= 2 * MIB
+    (tmp_path / "c").touch(mode=0o600)
+    with (tmp_path / "c").open("r+b") as file:
+        assert clone_into(source, file.fileno()) is CloneKind.SPARSE_COPY
+    assert (tmp_path / "c").read_bytes() == source.read_bytes()
+    assert allocated_bytes(tmp_path / "c") <= 2 * MIB
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_f52_any_other_failure_of_a_clone_is_one_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    source = holey(tmp_path / "a")
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "ioctl", fail)
+    with pytest.raises(OSError, match=os.strerror(code)):
+        clone(source, tmp_path / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_f52_a_clone_on_another_file_system_is_a_sparse_copy(
+    tmp_path: Path, another_file_system: Path
+) -> None:
+    for number, (here, there) in enumerate(
+        [(tmp_path, another_file_system), (another_file_system, tmp_path)]
+    ):
+        source, copy = holey(here / f"a{number}"), there / f"b{number}"
+        assert clone(source, copy) is CloneKind.SPARSE_COPY
+        assert copy.read_bytes() == source.read_bytes()
+        assert allocated_bytes(copy) <= 2 * MIB
 
 
 def test_a_clone_never_replaces_a_file(tmp_path: Path) -> None:

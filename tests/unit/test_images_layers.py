@@ -110,6 +110,23 @@ def big_header() -> bytes:
     return entry("x", tarfile.XHDTYPE, size=1 << 30).tobuf(tarfile.GNU_FORMAT)
 
 
+def sparse(size: int, **more: str) -> tarfile.TarInfo:
+    """A file of ``size`` bytes that is nothing but holes, in GNU's sparse formats 0.1 and 1.0."""
+    fields = {"size": str(size), "numblocks": "1", "map": f"{size},0", **more}
+    info = entry("a", tarfile.REGTYPE)
+    info.pax_headers = {f"GNU.sparse.{key}": value for key, value in fields.items()}
+    return info
+
+
+def old_sparse(size: int) -> bytes:
+    """The same in the format of old GNU tar: an entry of type S with its real size in octal."""
+    block = bytearray(entry("a", tarfile.GNUTYPE_SPARSE).tobuf(tarfile.GNU_FORMAT))
+    block[483:495] = b"%011o\0" % size
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block) + bytes(1024)
+
+
 HOSTILE = {
     "S22 dot dot": layer(("a/../../etc/passwd", b"x")),
     "S22 through a symbolic link": layer(
@@ -120,7 +137,26 @@ HOSTILE = {
     "S22 hard link to nothing": layer(entry("a", tarfile.LNKTYPE, linkname="b")),
     "S22 over-long path": layer(("/".join(["y" * 200] * 21), b"")),
     "S22 over-long header": big_header(),
+    "S22 sparse bomb": layer(sparse(1 << 42)),
+    "S22 sparse bomb of old": old_sparse(8**11 - 1) * 9,
+    "S22 sparse file of a negative size": layer(sparse(-1)),
+    "S22 sparse map of nonsense": layer(sparse(1 << 20, map="a,b")),
+    "S22 link to itself": layer(entry("a", tarfile.LNKTYPE, linkname="a")),
+    "S22 hard link to a directory": layer(
+        entry("d", tarfile.DIRTYPE), entry("a", tarfile.LNKTYPE, linkname="d")
+    ),
+    "S22 unknown type": layer(entry("a", b"Z")),
+    "S22 symbolic link to nothing": layer(entry("a", tarfile.SYMTYPE, linkname="")),
+    "S22 below a device": layer(entry("a", tarfile.CHRTYPE), ("a/b", b"x")),
+    "S22 below a FIFO": layer(entry("a", tarfile.FIFOTYPE), ("a/b", b"x")),
+    "S22 dot dot as a FIFO": layer(entry("../a", tarfile.FIFOTYPE)),
+    "S22 bad owner": layer(entry("a", tarfile.REGTYPE, uid=1 << 32)),
     "S23 whiteout escapes": layer((".wh...", b"")),
+    "S23 whiteout of dot dot": layer(("d/.wh...", b"")),
+    "S23 below a whiteout": layer((".wh.a/b", b"")),
+    "S23 whiteout through a symbolic link": layer(
+        entry("a", tarfile.SYMTYPE, linkname="/etc"), ("a/.wh.passwd", b"")
+    ),
     "S23 opaque through a symbolic link": layer(
         entry("a", tarfile.SYMTYPE, linkname="/"), ("a/.wh..wh..opq", b"")
     ),
@@ -136,6 +172,35 @@ def test_hostile_layers_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         MergedLayers(blobs(tmp_path, [HOSTILE[name]]))
     assert caught.value.code == "invalid_layer"
+
+
+def test_s22_devices_and_fifos_are_made_in_the_disk_of_the_guest_only(tmp_path: Path) -> None:
+    disk = build(
+        tmp_path,
+        layer(
+            entry("mem", tarfile.CHRTYPE, devmajor=1, devminor=1, mode=0o666),
+            entry("sda", tarfile.BLKTYPE, devmajor=8, devminor=0, mode=0o666),
+            entry("pipe", tarfile.FIFOTYPE, mode=0o666),
+        ),
+    )
+    kinds = {name.rpartition("/")[2]: words[:10] for name, words in listing(disk).items()}
+    assert kinds == {"mem": "crw-rw-rw-", "sda": "brw-rw-rw-", "pipe": "prw-rw-rw-"}
+    assert all(path.is_file() for path in tmp_path.iterdir())
+
+
+def test_s22_names_that_differ_in_case_are_two_files(tmp_path: Path) -> None:
+    disk = build(tmp_path, layer(("Readme", b"1"), ("README", b"2"), ("readme", b"3")))
+    assert [cat(disk, name) for name in ("Readme", "README", "readme")] == [b"1", b"2", b"3"]
+
+
+@pytest.mark.parametrize("names", [range(30), ["/".join("d" * 30)]], ids=["files", "implied"])
+def test_s22_very_many_entries_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: Sequence[object]
+) -> None:
+    monkeypatch.setattr("stillframe.images.layers.MAX_ENTRIES", 20)
+    layers = [layer(*((str(name), b"") for name in names[n::2])) for n in (0, 1)]
+    with pytest.raises(InvalidRequest, match="more than 20 entries"):
+        MergedLayers(blobs(tmp_path, layers))
 
 
 def test_s24_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

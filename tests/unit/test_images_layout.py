@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from stillframe.images import tarread
 from stillframe.images.disk import build_root_disk
 from stillframe.images.layers import MergedLayers
 from stillframe.images.layout import LayeredImage, open_source
 from stillframe.model.errors import InvalidRequest, NotFound
-from support.registry import layer, write_layout
+from support.registry import OCI, layer, write_layout
 
 CONFIG = {
     "Entrypoint": ["/init"], "Cmd": ["serve"], "Env": ["A=1=2"], "WorkingDir": "/srv",
@@ -112,6 +114,56 @@ def test_a_changed_blob_is_refused(layout: Path, tmp_path: Path) -> None:
         blob.write_bytes(data)
     with pytest.raises(InvalidRequest, match="does not have that digest"):
         opened(packed(layout, tmp_path / "layout.tar"), tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 20])
+def test_s23_a_blob_of_another_size_is_refused(layout: Path, tmp_path: Path, size: int) -> None:
+    (digest,) = (m["digest"] for m in json.loads((layout / "index.json").read_text())["manifests"])
+    manifest = layout / "blobs" / "sha256" / digest.removeprefix("sha256:")
+    document = json.loads(manifest.read_text())
+    document["layers"][0]["size"] = size
+    data = json.dumps(document).encode()
+    digits = hashlib.sha256(data).hexdigest()
+    (manifest.parent / digits).write_bytes(data)
+    kind = f"{OCI}.manifest.v1+json"
+    index = {"manifests": [{"mediaType": kind, "digest": f"sha256:{digits}", "size": len(data)}]}
+    (layout / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InvalidRequest, match=f"is not {size} bytes long"):
+        opened(packed(layout, tmp_path / "layout.tar"), tmp_path)
+
+
+def sparse(name: str, size: int) -> tarfile.TarInfo:
+    """A file of ``size`` zeros that takes no room in the tar (GNU sparse format 0.1)."""
+    info = tarfile.TarInfo(name)
+    info.pax_headers = {
+        "GNU.sparse.size": str(size), "GNU.sparse.numblocks": "1",
+        "GNU.sparse.map": f"{size},0", "GNU.sparse.name": name,
+    }  # fmt: skip
+    return info
+
+
+def test_s22_an_archive_of_a_layout_cannot_fill_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tarread, "RATIO_FREE", 1 << 20)
+    source = tmp_path / "bomb.tar"
+    names = [f"blobs/sha256/{letter * 64}" for letter in "abcd"]
+    bomb = layer(("oci-layout", b"{}"), *(sparse(name, 900_000) for name in names))
+    source.write_bytes(bomb)
+    with pytest.raises(InvalidRequest, match="too many bytes"):
+        opened(source, tmp_path)
+    written = sum(p.stat().st_size for p in (tmp_path / "scratch").rglob("*") if p.is_file())
+    assert written < 4 * 900_000
+
+
+def test_s22_an_archive_of_very_many_files_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stillframe.images.layout.MAX_ENTRIES", 50)
+    source = tmp_path / "many.tar"
+    source.write_bytes(layer(*((f"blobs/{n}", b"") for n in range(60))))
+    with pytest.raises(InvalidRequest, match="more than 50 entries"):
+        opened(source, tmp_path)
 
 
 def test_a_layout_that_lacks_a_blob_is_refused(layout: Path, tmp_path: Path) -> None:

@@ -177,3 +177,54 @@ def test_a_family_of_thousands_is_told_at_once() -> None:
     assert len(life.family.ancestors("s4999")) == 5000
     assert len(life.family.descendants("s0")) == 4999
     assert len(life.family.everyone()) == 5001
+
+
+def generations(count: int) -> Life:
+    """A fork of a fork of a fork, each with a snapshot that the next was made from."""
+    life = Life()
+    life.boot("i0")
+    for number in range(count):
+        life.take(f"i{number}", f"s{number}")
+        life.fork(f"s{number}", f"i{number + 1}")
+    return life
+
+
+def test_f57_a_hundred_generations_are_told_whole() -> None:
+    life = generations(100)
+    above = life.above("s99")
+    assert len(above) == 199  # each snapshot's source, and the snapshot that was forked from
+    assert above[:3] == ["i99", "s98", "i98"]
+    assert above[-1] == "i0"
+    assert len(life.below("s0")) == 199
+
+
+def test_f57_of_a_hundred_deleted_generations_the_youngest_is_remembered() -> None:
+    life = generations(100)
+    for number in range(100):
+        del life.instances[f"i{number}"]
+        life.delete(f"s{number}")
+    assert list(life.forebears) == ["s99"]
+    assert life.forebears["s99"].parent_snapshot_id is None
+    assert life.family.everyone()[-1].name == "i100"
+
+
+def test_f57_a_circle_of_parents_ends() -> None:
+    life = generations(3)
+    oldest = life.snapshots["s0"]
+    life.snapshots["s0"] = replace(oldest, parent_snapshot_id="s2")
+    assert life.above("s0") == ["i0", "s2", "i2", "s1", "i1"]
+    assert {"s1", "s2"} <= set(life.below("s0"))
+    assert len(life.family.everyone()) == 7
+    for name in ("s1", "s0", "s2"):  # those that are left still refer to each other
+        life.delete(name)
+        assert len(life.family.everyone()) >= len(life.instances)
+    life.snapshots["s0"] = replace(oldest, parent_snapshot_id="s0")  # its own parent
+    assert life.above("s0") == ["i0"]
+
+
+def test_f57_a_parent_that_nothing_is_known_of_is_told_as_deleted() -> None:
+    life = generations(2)
+    del life.snapshots["s0"]  # a record that cannot be read
+    assert life.above("s1") == ["i1", "†s0"]
+    assert life.below("s0") == ["i0", "i1", "s1", "i2"]
+    assert [r.id for r in life.family.everyone() if r.deleted] == ["s0"]

@@ -408,7 +408,7 @@ def page_out(pid: int, address: int, length: int) -> None:
     assert done == length, os.strerror(ctypes.get_errno())
 
 
-def test_an_image_with_another_name_is_never_written(image: Path, tmp_path: Path) -> None:
+def test_f53_an_image_with_another_name_is_never_written(image: Path, tmp_path: Path) -> None:
     os.link(image, tmp_path / "somebody-else's")
     with pytest.raises(HostFailure, match="shared memory image"), open_private(image):
         pass

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from blake3 import blake3
 
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import ForkRequest
 from stillframe.engine.moving.export import about_of
-from stillframe.images.boot import adopt_boot_pair, load_boot_pair
+from stillframe.images.boot import load_boot_pair
 from stillframe.model.errors import InvalidRequest, MissingComponent
-from stillframe.model.values import Snapshot
-from stillframe.store.archive_export import Companion, export
+from stillframe.store.archive_export import export
+from support.boot_pair import INITRD, KERNEL, PAIR, files_of_pair, with_pair
 from support.engine import ask, open_engine
-from support.moving import LIVE, archive_of, remembering, take
-
-KERNEL, INITRD = b"kernel" * 300_000, b"initrd" * 100_000
-# By the definition in docs/format.md.
-_WORDS = b"stillframe boot pair 1\n" + len(KERNEL).to_bytes(8, "little")
-PAIR = blake3(_WORDS + KERNEL + INITRD).hexdigest()
+from support.moving import archive_of, take
 
 
 @pytest.fixture
@@ -38,24 +31,6 @@ async def there(tmp_path: Path) -> AsyncIterator[Engine]:
 async def here(tmp_path: Path) -> AsyncIterator[Engine]:
     async with open_engine(tmp_path / "here") as engine:
         yield engine
-
-
-def files_of_pair(directory: Path, initrd: bytes = INITRD) -> Companion:
-    directory.mkdir()
-    files = {"kernel": KERNEL, "initrd": initrd}
-    for name, content in files.items():
-        (directory / name).write_bytes(content)
-    return Companion(PAIR, {name: directory / name for name in files})
-
-
-async def with_pair(engine: Engine, scratch: Path) -> Snapshot:
-    """A snapshot whose memory belongs to that pair, which is there."""
-    files_of_pair(scratch)
-    adopt_boot_pair(scratch, engine.context.data.system, PAIR)
-    made = await engine.snapshot((await remembering(engine)).id, kind=LIVE)
-    made = replace(made, template=replace(made.template, boot=PAIR))
-    engine.context.records.update_snapshot(made)
-    return made
 
 
 async def test_kernel_and_initrd_come_along_where_they_are_missing(
@@ -108,13 +83,3 @@ async def test_what_is_not_that_pair_is_refused(
     assert list(there.context.data.snapshots.iterdir()) == []
     with pytest.raises(MissingComponent):
         load_boot_pair(there.context.data.system, PAIR)
-
-
-async def test_half_a_boot_pair_goes_at_the_start_and_a_whole_one_stays(tmp_path: Path) -> None:
-    async with open_engine(tmp_path) as engine:
-        system = engine.context.data.system
-    half = Path(tempfile.mkdtemp(prefix=".new-", dir=system))  # as the server was killed
-    (half / "kernel").write_bytes(b"half of a kernel")
-    (system / PAIR).mkdir()
-    async with open_engine(tmp_path):
-        assert [path.name for path in system.iterdir()] == [PAIR]

@@ -158,6 +158,19 @@ async def test_so_many_at_once_and_no_more(
     assert len(half_made(engine)) == 2
 
 
+async def test_those_that_have_come_whole_keep_nobody_out(
+    engine: Engine, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "MAX_UPLOADS", 2)
+    await begin(engine, data[:100])
+    for letter in "abc":
+        await engine.import_snapshot(pieces(data), upload=letter * 24)
+    assert engine.upload_status("c" * 24).snapshot_id
+    with pytest.raises(NotFound):  # the oldest answer is forgotten
+        engine.upload_status("a" * 24)
+    assert (await go_on(engine, data, engine.upload_status(ID).offset)).id
+
+
 async def test_the_end_of_the_server_is_the_end_of_its_uploads(
     tmp_path: Path, engine: Engine, data: bytes
 ) -> None:

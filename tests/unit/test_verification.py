@@ -5,7 +5,6 @@ The numbers are those of the fault catalogue: F45, F47 and F60.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
@@ -32,6 +31,7 @@ from stillframe.store.payloads import (
 )
 from stillframe.store.verification import Depth, verify
 from support.payloads import (
+    broken_reads,
     flip,
     make_payload,
     noise,
@@ -83,18 +83,6 @@ def test_f47_neighbouring_damage_is_one_place(payload: Payload) -> None:
     places = [(d.file, d.offset, d.length) for d in found.damage]
     assert places == [("memory", MIB, 3 * EXTENT), ("memory", 2 * MIB + EXTENT, EXTENT)]
     assert found.damaged_bytes == 4 * EXTENT
-
-
-def broken_reads(monkeypatch: pytest.MonkeyPatch, path: Path, bad: int) -> None:
-    """Make reading the byte ``bad`` of a file fail, as a bad sector does."""
-    inode, pread = path.stat().st_ino, os.pread
-
-    def read(fd: int, length: int, offset: int) -> bytes:
-        if os.fstat(fd).st_ino == inode and offset <= bad < offset + length:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return pread(fd, length, offset)
-
-    monkeypatch.setattr(os, "pread", read)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ def run(settings: EngineSettings, options: ServerOptions) -> None:
     _check_programs(settings)
     data_dir = settings.data_dir
     with contextlib.ExitStack() as stack:
+        settings.own_data_dir()
         stack.enter_context(lock_data_dir(data_dir))
         secret = load_or_create_secret(data_dir)
         listeners = [stack.enter_context(bind(options.listen))]

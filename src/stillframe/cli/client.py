@@ -53,6 +53,10 @@ _READ_SECONDS = 900.0
 _LOCAL_TOKEN_LIFETIME = timedelta(minutes=10)
 
 
+class Unreachable(HostFailure):
+    """The server cannot be reached, or the connection to it broke."""
+
+
 @dataclass
 class Client:
     """A connection to one server, made when first used.
@@ -229,8 +233,8 @@ class Client:
             )
         return self._http
 
-    def _unreachable(self, error: Exception) -> StillframeError:
-        return HostFailure(
+    def _unreachable(self, error: Exception) -> Unreachable:
+        return Unreachable(
             f"cannot talk to {self.base_url}: {str(error) or type(error).__name__}",
             hint="is `stillframe serve` running there? set --url or STILLFRAME_URL",
         )

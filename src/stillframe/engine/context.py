@@ -18,7 +18,7 @@ from stillframe.engine.telemetry import Telemetry
 from stillframe.guest.connection import AgentConnection
 from stillframe.host.capture import BufferBudget
 from stillframe.host.files import supports_reflink
-from stillframe.images.boot import BootPair, build_boot_pair, load_boot_pair
+from stillframe.images.boot import BootPair, build_boot_pair, load_boot_pair, remove_boot_pair
 from stillframe.images.library import ImageLibrary
 from stillframe.model.errors import (
     InvalidRequest,
@@ -135,6 +135,7 @@ class Context:
         self._listeners: dict[str, set[asyncio.Event]] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._boot_pair: BootPair | None = None
+        self._building_pairs = 0
         self.closing = False
         # Whether cloning a file costs nothing in the data directory.
         self.shares_blocks = supports_reflink(data.root)
@@ -231,13 +232,39 @@ class Context:
         if digest:
             return load_boot_pair(self.data.system, digest)
         if self._boot_pair is None:
-            self._boot_pair = await asyncio.to_thread(
-                build_boot_pair,
-                self.settings.kernel_dir,
-                self.settings.agent_binary,
-                self.data.system,
-            )
+            self._building_pairs += 1
+            try:
+                self._boot_pair = await finish(
+                    asyncio.to_thread(
+                        build_boot_pair,
+                        self.settings.kernel_dir,
+                        self.settings.agent_binary,
+                        self.data.system,
+                    )
+                )
+            finally:
+                self._building_pairs -= 1
         return self._boot_pair
+
+    # -- letting go ---------------------------------------------------------------------------
+    def release(self, instance: Instance) -> None:
+        """Remove the image and the boot pair of what has gone, unless anything refers to them."""
+        self.images.release(instance.image_digest)
+        self.release_boot_pair(instance.boot)
+
+    def release_boot_pair(self, digest: str) -> None:
+        """Remove a kernel and its initrd unless anything refers to them.
+
+        What cannot be removed goes at the next start, and so does what is let go of while the
+        present pair is being built: it may be the same.
+        """
+        present = self._boot_pair is not None and self._boot_pair.digest == digest
+        if present or self._building_pairs or not digest or self.records.need_boot_pair(digest):
+            return
+        try:
+            remove_boot_pair(self.data.system, digest)
+        except OSError as error:
+            log.warning("the boot pair %s cannot be removed: %s", digest[:12], error)
 
     # -- locks --------------------------------------------------------------------------------
     @contextlib.asynccontextmanager
@@ -394,8 +421,11 @@ class Context:
         self.announce(instance.id)
 
     def forget(self, instance_id: str) -> None:
-        """Drop the record of an instance and tell whoever waits."""
+        """Drop the record of an instance and what only it needed, and tell whoever waits."""
+        gone = self.records.instances.get(instance_id)
         self.records.drop_instance(instance_id)
+        if gone is not None:
+            self.release(gone)
         self.announce(instance_id)
 
     def announce(self, instance_id: str) -> None:

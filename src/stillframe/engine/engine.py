@@ -24,6 +24,7 @@ from stillframe.engine.keeping.compression import Compressor
 from stillframe.engine.keeping.expanded import ExpandedImages
 from stillframe.engine.keeping.schedule import Scheduler
 from stillframe.engine.keeping.verbs import KeepingVerbs
+from stillframe.engine.moving.export import Places
 from stillframe.engine.moving.uploads import Uploads
 from stillframe.engine.settings import EngineSettings
 from stillframe.engine.telemetry import count_failures
@@ -75,6 +76,7 @@ class Engine(KeepingVerbs):
         self.context.compressor = Compressor(self.context)
         self.scheduler = Scheduler(self.context)
         self.uploads = Uploads(self.context)
+        self.places = Places()
 
     async def open(self) -> None:
         """Recover what an earlier server left, adopt its VMs, and be ready."""

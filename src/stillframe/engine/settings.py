@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stillframe.model.units import GIB, MIB
 from stillframe.model.values import CompressionConfig, Hypervisor
+from stillframe.store.paths import DataDirectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +55,7 @@ class EngineSettings:
     max_archive_bytes: int = 256 * GIB
     boot_timeout: float = 120.0
     agent_timeout: float = 30.0
+
+    def own_data_dir(self) -> None:
+        """Make the data directory the user's alone, as a server needs it. Raises HostFailure."""
+        DataDirectory(self.data_dir).own()

@@ -27,6 +27,7 @@ FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2  # linux/falloc.h
 _CANNOT_CLONE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EBADF}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _BLOCK = 4096
+_PIECE = 1 << 20  # bytes copied by hand at once
 _ZEROS = bytes(_BLOCK)
 _MANY_ZEROS = memoryview(bytes(1 << 20))
 
@@ -136,12 +137,24 @@ def copy_data(in_fd: int, out_fd: int) -> int:
     for start, end in data_extents(in_fd, size):
         position = start
         while position < end:
-            done = os.copy_file_range(in_fd, out_fd, end - position, position, position)
+            done = _copy_range(in_fd, out_fd, position, end - position)
             if done == 0:
                 raise OSError(errno.EIO, "file shrank while it was copied")
             position += done
         copied += end - start
     return copied
+
+
+def _copy_range(in_fd: int, out_fd: int, offset: int, length: int) -> int:
+    """Copy some of a range to the same place; bytes copied, 0 at the end. Raises OSError."""
+    try:
+        return os.copy_file_range(in_fd, out_fd, length, offset, offset)
+    except OSError as error:  # copy_file_range(2): not between all file systems
+        if error.errno not in _CANNOT_CLONE:
+            raise
+    data = os.pread(in_fd, min(length, _PIECE), offset)
+    write_fully(out_fd, data, offset)
+    return len(data)
 
 
 def data_extents(fd: int, size: int, start: int = 0) -> Iterator[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -124,6 +125,14 @@ def sweep_boot_pairs(destination_root: Path) -> None:
     with storage_errors("sweep the boot pairs"):
         for leftover in destination_root.glob(".new-*"):
             remove_tree(leftover)
+
+
+def remove_boot_pair(destination_root: Path, digest: str) -> None:
+    """Remove a pair that nobody needs; none is fine. Raises OSError."""
+    doomed = destination_root / f".new-{digest}"  # what is left of it goes as if half-made
+    with contextlib.suppress(FileNotFoundError):
+        (destination_root / digest).rename(doomed)
+        remove_tree(doomed)
 
 
 def load_boot_pair(destination_root: Path, digest: str) -> BootPair:

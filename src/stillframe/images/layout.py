@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stillframe.host.files import storage_errors
-from stillframe.images.tarread import Blob, entries, reading, refused
+from stillframe.images.tarread import MAX_ENTRIES, Blob, check_expansion, entries, reading, refused
 from stillframe.model.errors import InvalidRequest, NotFound
 from stillframe.model.values import ImageConfig
 
@@ -207,11 +207,16 @@ def _first_names(blob: Blob) -> list[str]:
 
 def _unpack_layout(blob: Blob, scratch: Path) -> None:
     """Write the regular files of an archive below ``scratch``, only to names we make ourselves."""
+    expanded = 0
     with reading(blob) as archive:
-        for _, info in entries(archive):
+        for index, info in entries(archive):
+            if index >= MAX_ENTRIES:
+                raise refused(f"the archive has more than {MAX_ENTRIES} entries")
             parts = [p for p in info.name.split("/") if p not in ("", ".")]
             if not info.isreg() or not parts or len(parts) > 3:
                 continue
+            expanded += info.size  # sparse files expand too
+            check_expansion(expanded, blob.length)
             if any(part.startswith(".") or "\0" in part or len(part) > 128 for part in parts):
                 raise refused(f"entry {info.name[:80]!r} has a bad name", entry=info.name[:256])
             target = scratch.joinpath(*parts)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import re
 import secrets
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
@@ -41,6 +42,8 @@ from stillframe.model.values import Image, ImageConfig, ImageStatus
 from stillframe.store.records import Intent
 
 T = TypeVar("T")
+log = logging.getLogger("stillframe.images")
+_HOME = re.compile(r"[0-9a-f]{64}")
 _DIGEST = re.compile(r"(?:sha256:)?[0-9a-f]{6,64}")
 _CONFIG: TypeAdapter[ImageConfig] = TypeAdapter(ImageConfig)
 _FILES = ("root.squashfs", "config.json")
@@ -71,6 +74,9 @@ class ImageRecords(Protocol):
 
     def fulfil(self, subject: str) -> None:
         """Remove an intent, if there is one of that subject."""
+
+    def need_image(self, digest: str) -> bool:
+        """Whether anything but a name refers to the image of that digest, or may."""
 
 
 @dataclass(slots=True)
@@ -320,7 +326,10 @@ class ImageLibrary:
             created_at=image.created_at,
             tags=image.tags,
         )
+        before = self._records.get(image.name)
         self._records.put(ready, fulfils=fulfils)
+        if before is not None:
+            self.release(before.digest)
         return ready
 
     def _load(self, digest: str) -> Image:
@@ -415,10 +424,28 @@ class ImageLibrary:
             raise
         return image
 
-    def remove_unnamed(self, digest: str) -> None:
-        """Remove the disk of an image that no name has; nobody uses it. Raises OSError."""
-        if not self._named(digest):
-            remove_tree(self._home(digest))
+    def sweep(self) -> None:
+        """Remove the disks of all images that nobody needs any more, as ``release`` does."""
+        for home in list(self._root.iterdir()):
+            if _HOME.fullmatch(home.name):
+                self.release(f"sha256:{home.name}")
+
+    def release(self, digest: str) -> None:
+        """Remove the disk of an image unless a name, or anything else on record, refers to it.
+
+        What cannot be removed goes at the next start.
+        """
+        if not _HOME.fullmatch(digest.removeprefix("sha256:")):
+            return
+        if self._named(digest) or self._records.need_image(digest):
+            return
+        home, doomed = self._home(digest), self.new_staging()
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                home.rename(doomed)  # at once, or a crash would leave a part that looks whole
+                remove_tree(doomed)
+        except OSError as error:
+            log.warning("the disk of image %s cannot be removed: %s", digest, error)
 
     def _named(self, digest: str, *, but: str = "") -> bool:
         return any(i.digest == digest and i.name != but for i in self._records.list())

@@ -123,15 +123,11 @@ class RegistryClient:
     async def _manifest(self, target: str) -> tuple[dict[str, Any], str]:
         path = f"/v2/{self._reference.repository}/manifests/{target}"
         async with self._get(path, {"Accept": _ACCEPT}) as response:
-            data = bytearray()
-            async for chunk in response.aiter_raw():
-                data += chunk
-                if len(data) > MAX_DOCUMENT:
-                    raise malformed("the image manifest is too large")
+            data = await _document(response, "image manifest")
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
         if target.startswith("sha256:") and digest != target:
             raise refused("the registry sent another manifest than was asked for", found=digest)
-        document = parse_document(bytes(data), "image manifest")
+        document = parse_document(data, "image manifest")
         kind = document.get("mediaType") or response.headers.get("content-type", "").split(";")[0]
         if kind not in INDEX_TYPES | MANIFEST_TYPES:
             raise malformed(f"manifests of type {str(kind)[:120]!r} are not supported")
@@ -248,13 +244,23 @@ class RegistryClient:
         if "service" in parameters:
             query["service"] = parameters["service"]
         headers = {"Authorization": basic} if basic else {}
-        response = await self._client.get(realm, params=query, headers=headers)
-        self._check(response)
-        answer = parse_document(response.content[:MAX_DOCUMENT], "token")
+        async with self._client.stream("GET", realm, params=query, headers=headers) as response:
+            self._check(response)
+            answer = parse_document(await _document(response, "token"), "token")
         token = answer.get("token") or answer.get("access_token")
         if not isinstance(token, str) or not token.isprintable():
             raise HostFailure("the token server gave no token")
         self._authorization = f"Bearer {token}"
+
+
+async def _document(response: httpx2.Response, what: str) -> bytes:
+    """The body as it was sent (no compression was asked for), within bounds."""
+    data = bytearray()
+    async for chunk in response.aiter_raw():
+        data += chunk
+        if len(data) > MAX_DOCUMENT:
+            raise malformed(f"the {what} is too large")
+    return bytes(data)
 
 
 async def check_address(url: str, *, allow_loopback: bool) -> None:

@@ -199,4 +199,6 @@ def entries(archive: tarfile.TarFile) -> Iterator[tuple[int, tarfile.TarInfo]]:
     """The entries with their positions, without keeping them all as tarfile does."""
     for index, info in enumerate(archive):
         vars(archive)["members"].clear()
+        if info.size < 0:  # a PAX record says so; it would count against others
+            raise refused(f"entry {info.name[:80]!r} has a negative size", entry=info.name[:256])
         yield index, info

@@ -11,7 +11,6 @@ The stream of a snapshot is always the same, whatever represents its memory.
 
 from __future__ import annotations
 
-import re
 import struct
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -19,7 +18,6 @@ from typing import Self
 
 from blake3 import blake3
 
-from stillframe.model.errors import InvalidRequest
 from stillframe.model.units import KIB, MIB
 
 VERSION = 1
@@ -30,9 +28,6 @@ RAW, ZSTD = 0, 1  # how a record's content is stored
 TRAILER = struct.Struct("<QQ32s")  # records, bytes of content, link of the record before
 _FIELDS = struct.Struct("<BBHIIIQ32s")
 HEADER_LENGTH = _FIELDS.size + 32
-_POSITION = re.compile(
-    r"(\d{1,18})-(\d{1,18})-(\d{1,18})-(\d{1,3})-(\d{1,18})-([0-9a-f]{64})", re.ASCII
-)
 
 
 class Part(IntEnum):
@@ -133,19 +128,3 @@ class Position:
             header.offset + header.length,
             encoded[-32:],
         )
-
-    def __str__(self) -> str:
-        """One word that ``parse`` understands."""
-        return (
-            f"{self.offset}-{self.records}-{self.data}-{self.part}-{self.part_offset}-"
-            f"{self.link.hex()}"
-        )
-
-    @classmethod
-    def parse(cls, text: str) -> Position:
-        """A position from the word for it. Raises InvalidRequest."""
-        match = _POSITION.fullmatch(text)
-        if match is None:
-            raise InvalidRequest("this is no position in an archive")
-        offset, records, data, part, part_offset = (int(match[n]) for n in range(1, 6))
-        return Position(offset, records, data, part, part_offset, bytes.fromhex(match[6]))

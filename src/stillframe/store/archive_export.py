@@ -76,12 +76,14 @@ def export(
     image: Companion | None = None,
     boot: Companion | None = None,
     position: Position = _START,
+    reached: Callable[[Position], None] = lambda position: None,
     level: int = 1,
     threads: int | None = None,
 ) -> Generator[bytes]:
     """Yield the archive of a sealed payload, or what follows ``position``.
 
     ``about`` is a document for whoever imports it (the snapshot's record); ``level`` is zstd's.
+    ``reached`` is told the position after each record, before its bytes come.
     The same arguments give the same bytes. All files are open when the first bytes come, so later
     ones come also when the snapshot has been deleted. All is checked on its way out: raises
     DamagedData, after which there is no trailer; InvalidRequest for a position that is none or a
@@ -100,6 +102,7 @@ def export(
                 header, stored = made
                 encoded = header.encode(position.link)
                 position = position.after(header, encoded)
+                reached(position)
                 yield encoded
                 yield stored
         trailer = TRAILER.pack(position.records, position.data, position.link)

@@ -21,12 +21,19 @@ DATA/                          0700
 
 from __future__ import annotations
 
+import logging
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from stillframe.model.errors import NotFound
+from stillframe.host.files import storage_errors
+from stillframe.model.errors import HostFailure, NotFound
 from stillframe.model.units import is_id
 from stillframe.model.values import CompressionAlgorithm
+
+log = logging.getLogger("stillframe.paths")
+_PRIVATE = 0o700
 
 _SUFFIXES = {CompressionAlgorithm.ZSTD: "zst", CompressionAlgorithm.LZ4: "lz4"}
 
@@ -177,15 +184,43 @@ class DataDirectory:
         """A snapshot payload being built."""
         return Payload(self.snapshots / f".{_checked(snapshot_id)}.new")
 
+    def own(self) -> None:
+        """Make the directory, or close one that others may enter; it must be ours.
+
+        Raises HostFailure when it belongs to somebody else or cannot be used.
+        """
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = self.root.stat()
+            if status.st_uid != os.geteuid():
+                raise HostFailure(
+                    f"the data directory belongs to user {status.st_uid}, the server runs as "
+                    f"{os.geteuid()}",
+                    hint="its owner could read all guests' memory; chown it, or choose another "
+                    "with --data-dir or STILLFRAME_DATA_DIR",
+                    data_dir=str(self.root),
+                )
+            if stat.S_IMODE(status.st_mode) != _PRIVATE:
+                mode = stat.S_IMODE(status.st_mode)
+                log.warning("%s had mode %04o, it is given %04o", self.root, mode, _PRIVATE)
+            self.root.chmod(_PRIVATE)
+        except OSError as error:
+            raise HostFailure(
+                f"cannot use the data directory: {error.strerror}",
+                hint="choose a writable one with --data-dir or STILLFRAME_DATA_DIR",
+                data_dir=str(self.root),
+            ) from error
+
     def create(self) -> None:
-        """Make the directories that are missing, readable by the owner only."""
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.root.chmod(0o700)
-        for directory in (
-            self.images, self.system, self.templates, self.instances, self.snapshots,
-            self.expanded,
-        ):  # fmt: skip
-            directory.mkdir(mode=0o700, exist_ok=True)
+        """Make the directories that are missing, all for the owner only. Raises HostFailure."""
+        self.own()
+        with storage_errors("make the data directory"):
+            for directory in (
+                self.images, self.system, self.templates, self.instances, self.snapshots,
+                self.expanded,
+            ):  # fmt: skip
+                directory.mkdir(mode=_PRIVATE, exist_ok=True)
+                directory.chmod(_PRIVATE)
 
 
 def _checked(identifier: str) -> str:

@@ -16,7 +16,7 @@ import contextlib
 import json
 import logging
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -379,6 +379,23 @@ class Records:
         del self._images[name]
         if intent is not None:
             self.intents[intent.subject] = intent
+
+    # -- what they refer to -------------------------------------------------------------------
+    def need_image(self, digest: str) -> bool:
+        """Whether an instance, a snapshot or a verb under way refers to the image, or may."""
+        return self._need("image", digest, lambda instance: instance.image_digest)
+
+    def need_boot_pair(self, digest: str) -> bool:
+        """Whether an instance, a snapshot or a verb under way refers to the pair, or may."""
+        return self._need("boot", digest, lambda instance: instance.boot)
+
+    def _need(self, fact: str, digest: str, of: Callable[[Instance], str]) -> bool:
+        templates = (snapshot.template for snapshot in self.snapshots.values())
+        return (
+            bool(self.damaged)  # nobody knows what these refer to
+            or any(of(one) == digest for one in (*self.instances.values(), *templates))
+            or any(intent.facts.get(fact) == digest for intent in self.intents.values())
+        )
 
     # -- intents ------------------------------------------------------------------------------
     def intend(self, intent: Intent) -> None:

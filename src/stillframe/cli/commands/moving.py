@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
+import itertools
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
 import typer
 
 from stillframe.cli import output
-from stillframe.cli.client import Client
+from stillframe.cli.client import Client, Unreachable
 from stillframe.cli.output import JsonFlag
 from stillframe.model.errors import Conflict, HostFailure, InvalidRequest, NotFound, StillframeError
 from stillframe.model.units import format_size, new_id
 
 Snapshot = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="Id, name or unique prefix.")]
 _CHUNK = 1024 * 1024
+_TAG = re.compile("[0-9a-f]{32}")  # of an archive, as the server makes them
 _MOST_PLACES = 10  # of damage, printed for one snapshot
 Depth = Literal["manifest", "sample", "full"]
 
@@ -107,62 +113,137 @@ def export(
     image: Annotated[bool, typer.Option("--image", help="With the root disk.")] = False,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace FILE.")] = False,
 ) -> None:
-    """Write a snapshot into one file, for another server or for keeping."""
+    """Write a snapshot into one file, for another server or for keeping.
+
+    When it is broken off, what has come stays beside FILE, and the same command goes on there.
+    """
     client: Client = context.obj
     found = client.find_snapshot(snapshot)
     path = f"/snapshots/{found['id']}/export"
     query = {"image": "true"} if image else {}
-    with _destination(file, force) as sink, output.progress(f"exporting {snapshot}") as advance:
-        received = 0
-        for data in _download(client, path, query):
+    with output.progress(f"exporting {snapshot}") as advance:
+        if file == "-":
+            size = _to_stdout(_Download(client, path, query), advance)
+        else:
+            size = _to_file(_Download(client, path, query), Path(file), force, advance)
+    output.say(f"exported {format_size(size)} to {'stdout' if file == '-' else file}")
+
+
+@dataclass(slots=True)
+class _Download:
+    """An archive on its way here: ``received`` bytes of the one that the ETag ``tag`` names."""
+
+    client: Client
+    path: str
+    query: dict[str, str]
+    tag: str = ""
+    received: int = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The bytes that are missing; a connection that breaks is made again where it broke."""
+        while True:
+            before = self.received
+            query = {**self.query, "offset": str(before)}
+            headers = {"If-Match": f'"{self.tag}"'} if before else {}
+            try:
+                with self.client.download(self.path, query, headers) as answer:
+                    self.tag = answer.headers.get("etag", "").strip('"')
+                    for data in answer.iter_bytes():
+                        self.received += len(data)
+                        yield data
+                return
+            except Unreachable:
+                # Without progress there is no use in trying again; with it, the server tells why.
+                if self.received == before:
+                    raise
+
+
+def _to_stdout(download: _Download, advance: Callable[[int], None]) -> int:
+    """Write an archive to stdout; its size."""
+    if sys.stdout.isatty():
+        raise InvalidRequest("an archive is nothing for a terminal", hint="name a file")
+    for data in download:
+        sys.stdout.buffer.write(data)
+        advance(len(data))
+    sys.stdout.buffer.flush()
+    return download.received
+
+
+def _to_file(download: _Download, final: Path, force: bool, advance: Callable[[int], None]) -> int:
+    """Write an archive into a file, which gets its name when all has come; its size."""
+    if final.exists() and not force:
+        raise Conflict(f"{final} exists", hint="--force replaces it")
+    try:
+        for part in _parts(final):  # of an export that was broken off
+            with _opened(part, "r+b") as sink:
+                download.tag, download.received = (
+                    part.name.split(".")[-2],
+                    sink.seek(0, os.SEEK_END),
+                )
+                advance(download.received)
+                try:
+                    return _fill(part, sink, download, final, advance)
+                except (Conflict, InvalidRequest):  # the snapshot has another archive by now
+                    advance(-download.received)
+                    download.tag, download.received = "", 0
+        pieces = iter(download)
+        first = next(pieces, b"")  # with it comes the tag
+        part, known = _part(final, download.tag)
+        with _opened(part, "xb" if known else "wb") as sink:
+            return _fill(part, sink, download, final, advance, itertools.chain([first], pieces))
+    except OSError as error:
+        raise HostFailure(f"cannot write {final}: {error.strerror or error}") from error
+
+
+def _fill(
+    part: Path,
+    sink: IO[bytes],
+    download: _Download,
+    final: Path,
+    advance: Callable[[int], None],
+    pieces: Iterable[bytes] | None = None,
+) -> int:
+    """Write what is missing of an archive, and give the file its name; the archive's size."""
+    try:
+        for data in download if pieces is None else pieces:
             sink.write(data)
-            received += len(data)
             advance(len(data))
-    output.say(f"exported {format_size(received)} to {'stdout' if file == '-' else file}")
-
-
-def _download(client: Client, path: str, query: dict[str, str]) -> Iterator[bytes]:
-    """The bytes of an archive; a connection that breaks is made again where it broke."""
-    received, tag = 0, ""
-    while True:
-        before = received
-        headers = {"If-Match": tag} if received else {}
-        try:
-            with client.download(path, {**query, "offset": str(received)}, headers) as answer:
-                tag = answer.headers.get("etag", "")
-                for data in answer.iter_bytes():
-                    received += len(data)
-                    yield data
-            return
-        except HostFailure:
-            # Without progress there is no use in trying again; with it, the server tells why.
-            if received == before:
-                raise
+    except (Conflict, InvalidRequest, NotFound):  # there is no such archive any more
+        part.unlink()
+        raise
+    except (StillframeError, OSError, KeyboardInterrupt) as error:
+        if getattr(error, "code", "") == "damaged" or not _part(final, download.tag)[1]:
+            part.unlink()
+        else:
+            output.say(f"what has come is kept in {part}; the same command goes on there")
+        raise
+    sink.flush()
+    os.fsync(sink.fileno())
+    part.replace(final)
+    return download.received
 
 
 @contextlib.contextmanager
-def _destination(file: str, force: bool) -> Iterator[IO[bytes]]:
-    """The open file or stdout; the file gets its name when all has been written."""
-    if file == "-":
-        if sys.stdout.isatty():
-            raise InvalidRequest("an archive is nothing for a terminal", hint="name a file")
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
-        return
-    final = Path(file)
-    if final.exists() and not force:
-        raise Conflict(f"{file} exists", hint="--force replaces it")
-    part = final.with_name(f"{final.name}.part")
-    try:
-        with part.open("wb") as sink:
-            yield sink
-            sink.flush()
-            os.fsync(sink.fileno())
-        part.replace(final)
-    except OSError as error:
-        raise HostFailure(f"cannot write {file}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
+def _opened(part: Path, mode: str) -> Iterator[IO[bytes]]:
+    """A file that no other export writes to meanwhile."""
+    with part.open(mode) as sink:
+        try:
+            fcntl.flock(sink, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise HostFailure(f"another export writes to {part}") from error
+        yield sink
+
+
+def _part(final: Path, tag: str) -> tuple[Path, bool]:
+    """Where an archive lies while it comes, and whether its name tells which archive it is."""
+    known = _TAG.fullmatch(tag) is not None
+    return final.with_name(f"{final.name}.{tag}.part" if known else f"{final.name}.part"), known
+
+
+def _parts(final: Path) -> list[Path]:
+    """The beginnings of archives that were to be written to a file."""
+    around = re.compile(rf"{re.escape(final.name)}\.{_TAG.pattern}\.part")
+    return [path for path in sorted(final.parent.iterdir()) if around.fullmatch(path.name)]
 
 
 def import_(
@@ -174,7 +255,10 @@ def import_(
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Make a snapshot from an exported file; it is verified on its way."""
+    """Make a snapshot from an exported file; it is verified on its way.
+
+    When it is broken off, the same command goes on there for half an hour, while the server runs.
+    """
     client: Client = context.obj
     query = {"name": name} if name else {}
     if allow_foreign:
@@ -200,21 +284,47 @@ def _upload(
             advance(len(data))
             yield data
 
-    offset, upload = 0, new_id()
+    upload = _upload_id(source, query)
+    offset = _begun(client, upload)
+    if offset is None:
+        upload, offset = new_id(), 0
+    elif offset:
+        advance(source.seek(offset))
     while True:
         here = {**query, "upload": upload, "offset": str(offset)}
         try:
             return client.request("POST", "/snapshots/import", query=here, content=chunks())
-        except HostFailure:
+        except Unreachable as error:
             status = _status(client, upload)
-            if status is None or not source.seekable():
-                raise
-            if "snapshot_id" in status:
+            if status is not None and "snapshot_id" in status:
                 return client.request("GET", f"/snapshots/{status['snapshot_id']}")
-            if status["offset"] <= offset:  # no progress: there is no use in trying again
+            if source.seekable():
+                error.hint = "the same command goes on where it broke"
+            # Without progress there is no use in trying again.
+            if status is None or status["offset"] <= offset or not source.seekable():
                 raise
             advance(status["offset"] - source.tell())
             offset = source.seek(status["offset"])
+
+
+def _upload_id(source: IO[bytes], query: dict[str, str]) -> str:
+    """The id under which a file is sent: always the same, so that another call can go on."""
+    try:
+        about = os.fstat(source.fileno())
+    except OSError:
+        return new_id()
+    if not source.seekable():
+        return new_id()
+    told = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, sorted(query.items()))
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:24]
+
+
+def _begun(client: Client, upload: str) -> int | None:
+    """From where an upload goes on, 0 for a new one; None when it has come whole already."""
+    status = _status(client, upload)
+    if status is None:
+        return 0
+    return None if "snapshot_id" in status else int(status["offset"])
 
 
 def _status(client: Client, upload: str) -> dict[str, Any] | None:

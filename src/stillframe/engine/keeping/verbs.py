@@ -31,11 +31,12 @@ from stillframe.model.verification import Depth, Verification
 
 
 class KeepingVerbs:
-    """A base of ``Engine``, which gives it a context, a scheduler and the uploads."""
+    """A base of ``Engine``, which gives it a context and the rest."""
 
     context: Context
     scheduler: Scheduler
     uploads: Uploads
+    places: export.Places
 
     def edit_snapshot(self, snapshot_id: str, changes: SnapshotChanges) -> Snapshot:
         """Change the words beside a snapshot."""
@@ -138,7 +139,7 @@ class KeepingVerbs:
     ) -> ExportedArchive:
         """The archive of a snapshot from byte ``offset`` on, with its ``image`` if wanted."""
         return await export.export_snapshot(
-            self.context, snapshot_id, image=image, offset=offset, tag=tag
+            self.context, self.places, snapshot_id, image=image, offset=offset, tag=tag
         )
 
     async def import_snapshot(

@@ -66,6 +66,7 @@ class Arrival:
             check_name(wishes.name, what="snapshot name")
         check_room(context, 0)
         self.spoilt = False
+        self._told: Snapshot | None = None
         self._context, self._steps, self._undo = context, Steps(), contextlib.AsyncExitStack()
         snapshot_id, limit = context.new_id(), context.settings.max_archive_bytes
         self._building = context.data.snapshot_new(snapshot_id)
@@ -73,6 +74,7 @@ class Arrival:
         facts = {"name": wishes.name or ""}
         context.records.intend(Intent(snapshot_id, "import snapshot", facts))
         with contextlib.ExitStack() as local:
+            local.callback(self._release_boot_pair)
             local.callback(context.records.fulfil, snapshot_id)
             local.callback(remove_tree, self._final.directory)
             local.callback(remove_tree, self._building.directory)
@@ -81,7 +83,6 @@ class Arrival:
             self._undo.push(local.pop_all())
         self._undo.push_async_callback(self._steps.run, self._importer.abort)
         self._judge = _Judge(context, self._importer, snapshot_id, wishes)
-        self._told: Snapshot | None = None
         self._looked = 0
 
     @property
@@ -107,7 +108,10 @@ class Arrival:
         with _told_plainly(), storage_errors("store the snapshot"):
             await self._steps.run(importer.feed, piece)
         if self._told is None and importer.documents_complete:
-            self._told = await self._judge.snapshot()
+            told = await self._judge.snapshot()
+            if told.template.boot:  # from here on nobody removes that pair
+                self._context.records.amend(told.id, {"boot": told.template.boot})
+            self._told = told
         if importer.position.data - self._looked >= _LOOK:
             self._looked = importer.position.data
             check_space(self._context, 0, written_bytes=self._looked)
@@ -140,6 +144,10 @@ class Arrival:
         self._undo.pop_all()
         remove_tree(image)  # unless it was needed
         return taken
+
+    def _release_boot_pair(self) -> None:
+        if self._told is not None:
+            self._context.release_boot_pair(self._told.template.boot)
 
     async def abort(self) -> None:
         """Remove all that was written. Does nothing after ``finish``."""
@@ -271,10 +279,7 @@ def _take_image(context: Context, building: Payload, arrived: Imported, image: P
 
 
 def _take_boot_pair(context: Context, building: Payload, arrived: Imported) -> None:
-    """Keep the kernel and initrd, which are named by what they are, and take them out.
-
-    Like those made here they stay for good: other snapshots may come to need them.
-    """
+    """Keep the kernel and initrd, which are named by what they are, and take them out."""
     digest = str((arrived.boot or {}).get("digest"))
     adopt_boot_pair(building.directory, context.data.system, digest)
     for name in arrived.boot_files:

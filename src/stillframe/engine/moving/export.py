@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import json
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator
+import threading
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from blake3 import blake3
@@ -19,7 +23,7 @@ from stillframe.images.boot import load_boot_pair
 from stillframe.model.errors import Conflict, InvalidRequest, MissingComponent
 from stillframe.model.units import MIB
 from stillframe.model.values import CompressionState, Snapshot, SnapshotKind
-from stillframe.store.archive import HEAD
+from stillframe.store.archive import HEAD, Position
 from stillframe.store.archive_export import Companion, export
 from stillframe.store.manifest import MAX_MANIFEST, file_entries, read_manifest, read_small
 from stillframe.store.paths import Payload
@@ -27,6 +31,8 @@ from stillframe.store.payloads import PayloadSize, add_tables, lacks_digests, me
 from stillframe.store.records import to_json
 
 _PIECE = MIB  # bytes read in one step
+_APART = 16 * MIB  # bytes of an archive between positions that are remembered
+_ARCHIVES = 16  # archives of which they are
 
 
 class Archive:
@@ -41,16 +47,16 @@ class Archive:
         """Open all files and check the first bytes. Raises what ``export`` raises."""
         self._ahead = await self._read()
 
-    async def skip(self, offset: int) -> None:
-        """Go on from byte ``offset``; all before it is made again, and checked.
+    async def skip(self, count: int) -> None:
+        """Make the next bytes, and check them, without giving them out.
 
         Raises InvalidRequest when there are not so many, and what ``export`` raises.
         """
-        left = offset
+        left = count
         while left:
             piece = self._ahead or b""
             if not piece:
-                raise InvalidRequest(f"the archive has no byte {offset}", size=offset - left)
+                raise InvalidRequest("the archive ends before that byte", bytes_short=left)
             if left < len(piece):
                 self._ahead = piece[left:]
                 return
@@ -73,6 +79,35 @@ class Archive:
             return await self._steps.run(_take, self._stream)
 
 
+class Places:
+    """Where archives that were sent lately can be gone on with: positions in them, by their tag."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, list[Position]] = OrderedDict()
+        self._lock = threading.Lock()  # they are noted in the threads that make the bytes
+
+    def before(self, tag: str, offset: int) -> Position:
+        """The last known position at or before a byte of the archive; its start if none is."""
+        with self._lock:
+            known = self._known.setdefault(tag, [])
+            self._known.move_to_end(tag)
+            while len(self._known) > _ARCHIVES:
+                self._known.popitem(last=False)
+            number = bisect.bisect_right(known, offset, key=lambda position: position.offset)
+            return known[number - 1] if number else Position()
+
+    def note(self, tag: str, position: Position) -> None:
+        """Remember a position, unless one shortly before it is known."""
+        with self._lock:
+            known = self._known.get(tag)
+            if known is not None and position.offset - _last(known) >= _APART:
+                known.append(position)
+
+
+def _last(known: Sequence[Position]) -> int:
+    return known[-1].offset if known else 0
+
+
 def _take(stream: Iterator[bytes]) -> bytes:
     """The next bytes of the stream, empty at its end."""
     piece = bytearray()
@@ -85,6 +120,7 @@ def _take(stream: Iterator[bytes]) -> bytes:
 
 async def export_snapshot(
     context: Context,
+    places: Places,
     snapshot_id: str,
     *,
     image: bool = False,
@@ -93,6 +129,7 @@ async def export_snapshot(
 ) -> Archive:
     """The archive of a snapshot from ``offset`` on; its files are open, its first bytes checked.
 
+    What ``places`` knows of need not be made again.
     From then on the snapshot may be deleted. Raises NotFound (its image too), DamagedData, Conflict
     when ``tag`` names another archive, InvalidRequest for an offset beyond the end.
     """
@@ -111,11 +148,15 @@ async def export_snapshot(
                     hint="begin from the start",
                     tag=present,
                 )
-            stream = export(payload, about=about, image=parts, boot=boot)
+            start = places.before(present, offset)
+            stream = export(
+                payload, about=about, image=parts, boot=boot, position=start,
+                reached=partial(places.note, present),
+            )  # fmt: skip
             archive = Archive(snapshot, present, stream)
             undo.push_async_callback(archive.close)
             await archive.open()
-        await archive.skip(offset)
+        await archive.skip(offset - start.offset)
         undo.pop_all()
     return archive
 

@@ -81,10 +81,24 @@ class Uploads:
         if upload is None:
             if offset:
                 self.status(upload_id)
-            if len(self._uploads) >= MAX_UPLOADS:
-                raise RateLimited(f"{MAX_UPLOADS} uploads are under way", hint="try again later")
+            self._make_room()
             upload = self._uploads[upload_id] = _Upload(Arrival(self._context, wishes))
         return upload
+
+    def _make_room(self) -> None:
+        """Forget the oldest that has come whole if there are many. Raises RateLimited."""
+        if len(self._uploads) < MAX_UPLOADS:
+            return
+        for known, upload in self._uploads.items():
+            if upload.snapshot_id is not None:  # kept for whoever lost the answer
+                self._forget(known)
+                return
+        raise RateLimited(f"{MAX_UPLOADS} uploads are under way", hint="try again later")
+
+    def _forget(self, upload_id: str) -> None:
+        upload = self._uploads.pop(upload_id)
+        if upload.expiry is not None:
+            upload.expiry.cancel()
 
     def _wait(self, upload_id: str, upload: _Upload) -> None:
         """Let an upload expire unless it is gone on with."""

@@ -50,7 +50,8 @@ async def recover(context: Context) -> None:
             log.error("%s of %s cannot be undone yet: %s", intent.verb, intent.subject, error)
             continue
         _undo_records(context, intent)
-    _tell_strangers(context)
+    if not _tell_strangers(context):
+        _sweep(context)
     await asyncio.gather(
         *(
             _settle(context, instance)
@@ -60,9 +61,24 @@ async def recover(context: Context) -> None:
     )
 
 
-def _tell_strangers(context: Context) -> None:
-    """Say which directories no record knows. They may be somebody's only copy: none is removed."""
+def _sweep(context: Context) -> None:
+    """Remove images and boot pairs that nothing refers to."""
+    try:
+        context.images.sweep()
+        for path in list(context.data.system.iterdir()):
+            if path.is_dir():
+                context.release_boot_pair(path.name)
+    except OSError as error:
+        log.error("what nobody needs any more cannot be removed: %s", error)
+
+
+def _tell_strangers(context: Context) -> bool:
+    """Say which directories no record knows, if any.
+
+    They may be somebody's only copy: none is removed, nor an image or boot pair they may need.
+    """
     records, data = context.records, context.data
+    found = False
     damaged = {identifier for _, identifier in records.damaged}
     for directory, known in (
         (data.instances, records.instances.keys()),
@@ -71,6 +87,8 @@ def _tell_strangers(context: Context) -> None:
         for path in directory.iterdir():
             if is_id(path.name) and path.name not in known and path.name not in damaged:
                 log.warning("%s is left alone: no record knows it", path)
+                found = True
+    return found
 
 
 def _of_damaged(context: Context) -> set[int]:
@@ -97,19 +115,13 @@ def _undo_files(context: Context, intent: Intent) -> None:
 
 
 def _undo_image(context: Context, intent: Intent) -> None:
-    """Remove an image that was being made or deleted, or came along with a snapshot.
-
-    It stays if somebody has come to use it.
-    """
+    """Take back the name of an image that came along with a snapshot, unless it is in use."""
     digest, records = intent.facts.get("image"), context.records
-    templates = [snapshot.template for snapshot in records.snapshots.values()]
-    used = any(i.image_digest == digest for i in [*records.instances.values(), *templates])
-    if digest is None or used or records.damaged:
+    if digest is None or intent.verb != "import snapshot" or records.damaged:
         return
-    if intent.verb == "import snapshot":
+    templates = [snapshot.template for snapshot in records.snapshots.values()]
+    if not any(i.image_digest == digest for i in [*records.instances.values(), *templates]):
         context.images.disown(digest)
-    else:
-        context.images.remove_unnamed(digest)
 
 
 def _undo_records(context: Context, intent: Intent) -> None:

@@ -171,13 +171,14 @@ async def delete_snapshot(context: Context, snapshot_id: str) -> None:
 
     Raises NotFound; HostFailure when files of it cannot be removed (it is deleted all the same).
     """
-    context.snapshot(snapshot_id)
-    subject = snapshot_id
-    context.records.drop_snapshot(snapshot_id, Intent(subject, "delete snapshot", {}))
+    template, subject = context.snapshot(snapshot_id).template, snapshot_id
+    facts = {"image": template.image_digest, "boot": template.boot}  # forks under way need them
+    context.records.drop_snapshot(snapshot_id, Intent(subject, "delete snapshot", facts))
     await context.compressor.cancel(snapshot_id)
     await context.warm.forget(snapshot_id)
     await context.snapshot_unused(snapshot_id)
     with storage_errors("remove the files of the snapshot; the next start will"):
         await asyncio.to_thread(remove_tree, context.data.snapshot(snapshot_id).directory)
     context.records.fulfil(subject)
+    context.release(template)
     context.space_freed()
