@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from stillframe.engine.context import Context
 from stillframe.engine.engine import Engine
 from stillframe.engine.machines import resources_of
 from stillframe.model.errors import VmmFailure
@@ -32,7 +33,7 @@ async def test_a_disk_copy_that_was_half_begun_is_ended(
 ) -> None:
     """Else its bitmap, and a node that holds the copy open, would stay in the VMM."""
     source = await running(engine)
-    engine.context.shares_blocks = False
+    monkeypatch.setattr(Context, "shares_blocks", False)
     machine = engine.context.live[source.id].machine
     begun, ended = asyncio.Event(), list[int]()
 

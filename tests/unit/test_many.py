@@ -22,7 +22,7 @@ from stillframe.model.values import (
     Snapshot,
 )
 from stillframe.store.paths import DataDirectory, Payload
-from support.engine import make_engine
+from support.engine import make_engine, open_engine
 
 
 def functions_called(work: Callable[[], object]) -> int:
@@ -73,6 +73,25 @@ async def test_a_start_looks_at_no_file_of_a_snapshot(
         await engine.close()
 
 
+async def test_the_lineage_of_one_looks_at_nobody_who_shares_nothing_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_many(tmp_path, 200)
+    looked: list[str] = []
+    path_of = DataDirectory.snapshot
+
+    def counted(self: DataDirectory, snapshot_id: str) -> Payload:
+        looked.append(snapshot_id)
+        return path_of(self, snapshot_id)
+
+    monkeypatch.setattr(DataDirectory, "snapshot", counted)
+    async with open_engine(tmp_path) as engine:
+        chosen = engine.list_snapshots()[100]
+        told = await engine.lineage(chosen.id)
+        assert told.snapshot.exclusive_bytes
+        assert set(looked) == {chosen.id}
+
+
 async def test_a_filter_costs_next_to_nothing_for_what_it_leaves_out(tmp_path: Path) -> None:
     make_many(tmp_path, 1000, payloads=False)
     engine = make_engine(tmp_path)
@@ -90,9 +109,12 @@ async def test_a_long_list_is_written_in_one_go(tmp_path: Path) -> None:
     engine = make_engine(tmp_path)
     try:
         found = engine.list_snapshots()
-        together = shortest(lambda: respond_snapshots(found))
+        fresh = [replace(one, pinned=True) for one in found]
+        respond_snapshots(fresh[:1])
+        assert functions_called(lambda: respond_snapshots(fresh)) < 10 * len(fresh)
+        together = shortest(lambda: respond_snapshots(fresh))
         one_by_one = shortest(lambda: [SnapshotAnswer.of(one).plain() for one in found])
-        assert together < one_by_one / 2
+        assert together < one_by_one / 20
     finally:
         await engine.close()
 
@@ -113,3 +135,5 @@ def test_a_listed_snapshot_is_told_as_one_alone(tmp_path: Path) -> None:
     )  # fmt: skip
     answered = json.loads(bytes(respond_snapshots([plain, rich]).body))
     assert answered == [SnapshotAnswer.of(plain).plain(), SnapshotAnswer.of(rich).plain()]
+    renamed = replace(plain, name="another")
+    assert json.loads(bytes(respond_snapshots([renamed]).body))[0]["name"] == "another"

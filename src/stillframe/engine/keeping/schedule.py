@@ -27,7 +27,7 @@ from typing import Any
 
 from stillframe.engine.context import Context
 from stillframe.engine.keeping import retain
-from stillframe.engine.keeping.clock import BelievedClock, steady_seconds
+from stillframe.engine.keeping.clock import PATIENCE, BelievedClock, steady_seconds
 from stillframe.engine.verbs import snapshot as taking
 from stillframe.engine.verbs import stop
 from stillframe.model.errors import (
@@ -49,6 +49,7 @@ from stillframe.model.schedules import (
 )
 from stillframe.model.states import InstanceState
 from stillframe.model.values import Instance, Snapshot, SnapshotKind
+from stillframe.store.records import Records
 
 log = logging.getLogger("stillframe.schedule")
 _LONGEST_SLEEP = (
@@ -157,6 +158,10 @@ class Scheduler:
     # -- the task -----------------------------------------------------------------------------
     def start(self) -> None:
         """Settle runs that an earlier server did not finish, then look after what is due."""
+        newest = _newest_time(self._context.records)
+        self.clock.begin(newest)
+        if newest is not None and self.clock.read() < self._context.now() - PATIENCE:
+            log.warning("the newest record is of %s: nothing expires before tomorrow", newest)
         for schedule in list(self._context.records.schedules.values()):
             if schedule.pending is not None:
                 self._settle(schedule)
@@ -189,16 +194,22 @@ class Scheduler:
         """Start everything that is due; seconds until the next look, None if nothing is to come."""
         records, now = self._context.records, self._context.now()
         believed = self.clock.read()
-        went_back = self._times_gone_back != self.clock.times_gone_back
-        self._times_gone_back = self.clock.times_gone_back
+        gone_back: int | None = self.clock.times_gone_back
+        went_back = self._times_gone_back != gone_back
         waits: list[timedelta] = []
         for schedule in list(records.schedules.values()):
-            if schedule.instance_id not in records.instances:
-                due = retain.due_without_instance(self._context, schedule, believed)
-                self._at(schedule.instance_id, due, believed, self._retain, waits)
-            elif not schedule.paused:
-                due = self._set_anew(schedule, now) if went_back else schedule.next_run_at
-                self._at(schedule.instance_id, due, now, self._run_due, waits)
+            try:
+                if schedule.instance_id not in records.instances:
+                    due = retain.due_without_instance(self._context, schedule, believed)
+                    self._at(schedule.instance_id, due, believed, self._retain, waits)
+                elif not schedule.paused:
+                    due = self._set_anew(schedule, now) if went_back else schedule.next_run_at
+                    self._at(schedule.instance_id, due, now, self._run_due, waits)
+            except Exception:  # whatever it is, the other schedules must go on
+                log.exception("the schedule of %s cannot be looked at", schedule.instance_id)
+                gone_back = self._times_gone_back  # for this one it is still to be set anew
+                waits.append(timedelta(seconds=_LONGEST_SLEEP))
+        self._times_gone_back = gone_back
         for snapshot in list(records.snapshots.values()):
             if snapshot.expires_at is not None and not snapshot.pinned:
                 self._at(snapshot.id, snapshot.expires_at, believed, self._expire, waits)
@@ -378,24 +389,36 @@ class Scheduler:
             self._start(key, complete)
             return
         first = schedule.interrupted == 0
-        self._context.records.put_schedule(
-            replace(
-                schedule,
-                pending=None,
-                last_error=_INTERRUPTED,
-                interrupted=schedule.interrupted + 1,
-                # Only once: if it is the run that ends the server, it must not do so for ever.
-                next_run_at=self._context.now() if first else schedule.next_run_at,
-            )
+        settled = replace(
+            schedule,
+            pending=None,
+            last_error=_INTERRUPTED,
+            interrupted=schedule.interrupted + 1,
+            # Only once: if it is the run that ends the server, it must not do so for ever.
+            next_run_at=self._context.now() if first else schedule.next_run_at,
         )
+        # A full disk must not keep a server from starting; the run's own commit says it again.
+        self._context.records.put_schedule(settled, can_wait=True)
 
     def _set_anew(self, schedule: Schedule, now: datetime) -> datetime:
         """The next run after the clock went back: else it would be as far off as that was."""
         if schedule.next_run_at <= latest_plausible(schedule, now):
             return schedule.next_run_at
         anew = replace(schedule, next_run_at=next_slot(schedule, now))
-        self._context.records.put_schedule(anew)
+        # It can wait: a server that never read it finds out by its own first look.
+        self._context.records.put_schedule(anew, can_wait=True)
         return anew.next_run_at
+
+
+def _newest_time(records: Records) -> datetime | None:
+    """The latest moment at which anything recorded has happened."""
+    times = [snapshot.created_at for snapshot in records.snapshots.values()]
+    for instance in records.instances.values():
+        lived = (instance.created_at, instance.phase_since, instance.resumed_at)
+        times += [moment for moment in lived if moment is not None]
+    for schedule in records.schedules.values():
+        times += [schedule.last_run_at or schedule.updated_at, schedule.updated_at]
+    return max(times, default=None)
 
 
 def _kind_for(instance: Instance) -> SnapshotKind:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from stillframe.engine.context import Context
-from stillframe.engine.keeping.steps import Steps
+from stillframe.engine.steps import Steps
 from stillframe.host.files import storage_errors
 from stillframe.model.errors import DamagedData, NotFound
 from stillframe.model.values import Snapshot

@@ -17,6 +17,7 @@ from typing import Any
 from stillframe.engine.capture import capture
 from stillframe.engine.context import Context, Phases
 from stillframe.engine.interface import ForkOutcome, ForkRequest
+from stillframe.engine.keeping.quota import check_free, copied_bytes, expected_bytes
 from stillframe.engine.keeping.verify import refuse_damaged
 from stillframe.engine.loaded import run_loaded
 from stillframe.engine.machines import boot_and_commit, end
@@ -193,8 +194,7 @@ async def fork_instance(
         instance = await held.enter_async_context(context.exclusive(instance_id, "fork"))
         permission(Verb.FORK_RUNNING if from_running else Verb.FORK, instance.state)
         target = target_state or instance.state
-        if target not in _TARGETS[SnapshotKind.STANDBY]:
-            raise InvalidRequest(f"target_state cannot be {target.value}")
+        check_instance_target(target)
         if context.records.instance_by_name(name) is not None:
             raise name_taken(name)
         source = await _source_of(context, instance, held, phases)
@@ -203,12 +203,21 @@ async def fork_instance(
         )
 
 
+def check_instance_target(target: InstanceState) -> None:
+    """Raises InvalidRequest for a state that no fork of an instance can be brought to."""
+    if target not in _TARGETS[SnapshotKind.STANDBY]:
+        raise InvalidRequest(f"target_state cannot be {target.value}")
+
+
 async def _source_of(
     context: Context, instance: Instance, held: contextlib.AsyncExitStack, phases: Phases
 ) -> Source:
     paths = context.data.instance(instance.id)
     template = replace(instance, process=None)
     if instance.state is InstanceState.RUNNING:
+        # The capture, and the fork's own copy of its disk: refused before the guest stands still.
+        copied = copied_bytes(context, paths.overlay)
+        check_free(context, expected_bytes(context, instance) + copied)
         capture_id = context.new_id()
         payload = context.data.snapshot_new(capture_id)
         context.records.intend(Intent(capture_id, "snapshot", {"source": instance.id}))
@@ -283,6 +292,8 @@ async def make_disks(
     it is still being copied: a VMM can be started meanwhile. The future is done when it is whole
     and durable. Raises StorageFull, and so does the future.
     """
+    if copied := copied_bytes(context, source.overlay):
+        check_free(context, copied)
     whole = await asyncio.to_thread(_begin_disks, context, child, source, undo)
     disk = asyncio.ensure_future(asyncio.to_thread(_finish_disk, context, child, source, whole))
     undo.push_async_callback(asyncio.wait, [disk])
