@@ -339,7 +339,11 @@ class Engine(KeepingVerbs):
         """Forget an image name; Conflict while an instance or snapshot needs it."""
         image = self.context.images.find(reference)
         records = self.context.records
-        users = [i.name for i in records.instances.values() if i.image_digest == image.digest]
+        users = [
+            i.name
+            for i in records.instances.values()
+            if i.image_digest and i.image_digest == image.digest
+        ]
         users += [
             s.name or s.id
             for s in records.snapshots.values()

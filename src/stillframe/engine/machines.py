@@ -17,7 +17,7 @@ import time
 import uuid
 from pathlib import Path
 
-from stillframe.engine.context import Context, LiveInstance
+from stillframe.engine.context import Context, LiveInstance, finish
 from stillframe.guest.connection import AgentConnection
 from stillframe.guest.identity import identify
 from stillframe.host.files import create_sparse, storage_errors
@@ -35,6 +35,7 @@ from stillframe.store.paths import InstancePaths
 from stillframe.vmm.driver import (
     DEVICE_LAYOUT,
     Disk,
+    Driver,
     DriverProbe,
     Machine,
     MachineResources,
@@ -125,13 +126,25 @@ async def boot(context: Context, instance: Instance, image: Image) -> Machine:
     """
     paths = context.data.instance(instance.id)
     driver, _ = await context.available_driver(instance.hypervisor)
-    await asyncio.to_thread(write_config, context, instance, image)
+    await finish(asyncio.to_thread(write_config, context, instance, image))
     with storage_errors("make the memory image"):
         paths.memory.unlink(missing_ok=True)
         paths.memory_table.unlink(missing_ok=True)  # it is of another image
         create_sparse(paths.memory, instance.memory_bytes)
     async with context.starting():
-        return await driver.start(spec_of(instance), await resources_of(context, instance))
+        return await _start(driver, instance, await resources_of(context, instance))
+
+
+async def _start(driver: Driver, instance: Instance, resources: MachineResources) -> Machine:
+    """Start a VMM; when cancelled meanwhile, end it before that is passed on."""
+    starting = asyncio.ensure_future(driver.start(spec_of(instance), resources))
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await asyncio.wait([starting])
+        if not starting.cancelled() and starting.exception() is None:
+            await starting.result().kill()
+        raise
 
 
 def foreign_to(instance: Instance, probe: DriverProbe) -> list[str]:
@@ -168,13 +181,13 @@ async def load(context: Context, instance: Instance, devices: Path) -> Machine:
     async with context.starting():
         resources = await resources_of(context, instance, devices)
         try:
-            return await driver.start(spec_of(instance), resources)
+            return await _start(driver, instance, resources)
         except VmmFailure as error:
             # Seen once in some hundred starts side by side: it ends before its first word.
             if not error.facts.get("silent"):
                 raise
             log.warning("%s: %s; starting it once more", instance.id, error)
-        return await driver.start(spec_of(instance), resources)
+        return await _start(driver, instance, resources)
 
 
 def attach(context: Context, instance: Instance, machine: Machine) -> LiveInstance:

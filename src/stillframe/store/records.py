@@ -23,7 +23,14 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from stillframe.model.errors import DamagedData, HostFailure, NameConflict, NotFound, StorageFull
+from stillframe.model.errors import (
+    Conflict,
+    DamagedData,
+    HostFailure,
+    NameConflict,
+    NotFound,
+    StorageFull,
+)
 from stillframe.model.lineage import Forebear, bury
 from stillframe.model.schedules import Schedule
 from stillframe.model.values import Image, Instance, Snapshot
@@ -198,8 +205,10 @@ class Records:
         """Write an instance durably, removing the intent of subject ``fulfils`` with it.
 
         With ``can_wait`` it is written later if it cannot be now. Raises NameConflict when another
-        instance has the name.
+        instance has the name, Conflict when there is no such intent: it was called off.
         """
+        if fulfils is not None and fulfils not in self.intents:
+            raise Conflict("it was deleted while it was being made", id=fulfils)
         put = (_PUT_INSTANCE, (instance.id, instance.name, to_json(instance)))
         if can_wait:
             self._now_or_later(put)

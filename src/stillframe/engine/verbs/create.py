@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from stillframe.engine.context import Context, Phases
+from stillframe.engine.context import Context, Phases, finish
 from stillframe.engine.interface import CreateRequest
 from stillframe.engine.machines import boot_and_commit, clear_remains
 from stillframe.engine.telemetry import Operation
@@ -34,30 +34,37 @@ _MIN_OVERLAY = 16 * MIB
 async def create(context: Context, request: CreateRequest) -> Instance:
     """Boot a new instance; it is Initializing on return.
 
-    Raises InvalidRequest, NotFound (image), InsufficientResources, NotSupported, MissingComponent,
-    StorageFull, VmmFailure; then nothing of it is left.
+    It is there, and can be deleted, while its image is still being pulled. Raises InvalidRequest,
+    NotFound (image), InsufficientResources, NotSupported, MissingComponent, StorageFull,
+    VmmFailure, Conflict (deleted meanwhile); then nothing of it is left.
     """
     wanted = _checked(context, request)
     await context.available_driver(wanted.hypervisor)
-    image = await context.images.ensure(request.image, platform=request.platform)
-    instance = replace(wanted, image_digest=image.digest, platform=image.platform)
-    _check_command(instance, image)
-    if context.records.instance_by_name(request.name) is not None:  # taken while we pulled
-        raise _name_taken(request.name)
-    phases = Phases()
-    with contextlib.ExitStack() as undo:
-        try:
-            context.records.reserve_instance(instance, Intent(instance.id, "create", {}))
-        except NameConflict as error:
-            raise _name_taken(request.name) from error
-        undo.callback(context.forget, instance.id)
-        with phases.measure("disk"):
-            await asyncio.to_thread(_make_disks, context, instance, undo)
-        with phases.measure("start"):
-            instance = await boot_and_commit(context, instance, fulfils=instance.id, note="created")
-        undo.pop_all()
-    context.telemetry.observe(Operation.CREATE, phases.total())
+    async with context.making(wanted.id):
+        with contextlib.ExitStack() as undo:
+            try:
+                context.records.reserve_instance(wanted, Intent(wanted.id, "create", {}))
+            except NameConflict as error:
+                raise _name_taken(request.name) from error
+            undo.callback(context.forget, wanted.id)
+            image = await context.images.ensure(request.image, platform=request.platform)
+            instance = replace(wanted, image_digest=image.digest, platform=image.platform)
+            # From now on the image is in use. It need not be written: a crash ends the creation.
+            context.records.instances[instance.id] = instance
+            _check_command(instance, image)
+            instance = await _make(context, instance, undo)
+            undo.pop_all()
     return instance
+
+
+async def _make(context: Context, instance: Instance, undo: contextlib.ExitStack) -> Instance:
+    phases = Phases()
+    with phases.measure("disk"):
+        await finish(asyncio.to_thread(_make_disks, context, instance, undo))
+    with phases.measure("start"):
+        booting = await boot_and_commit(context, instance, fulfils=instance.id, note="created")
+    context.telemetry.observe(Operation.CREATE, phases.total())
+    return booting
 
 
 def _checked(context: Context, request: CreateRequest) -> Instance:

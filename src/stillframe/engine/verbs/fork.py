@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from stillframe.engine.capture import capture
-from stillframe.engine.context import Context, Phases
+from stillframe.engine.context import Context, Phases, finish
 from stillframe.engine.interface import ForkOutcome, ForkRequest
 from stillframe.engine.keeping.verify import refuse_damaged
 from stillframe.engine.loaded import run_loaded
 from stillframe.engine.machines import boot_and_commit, end
 from stillframe.engine.telemetry import Operation
 from stillframe.engine.verbs.create import check_environment, make_directory
-from stillframe.engine.verbs.standby import enter_standby
+from stillframe.engine.verbs.standby import standby
+from stillframe.engine.verbs.stop import delete
 from stillframe.engine.wait import reached
 from stillframe.host.files import (
     begin_clone,
@@ -34,7 +35,13 @@ from stillframe.host.files import (
     storage_errors,
 )
 from stillframe.images.boot import write_config_disk
-from stillframe.model.errors import Conflict, InvalidRequest, NameConflict, StillframeError
+from stillframe.model.errors import (
+    Conflict,
+    InvalidRequest,
+    NameConflict,
+    NotFound,
+    StillframeError,
+)
 from stillframe.model.states import InstanceState, Verb, permission
 from stillframe.model.units import check_name, check_tags
 from stillframe.model.values import Hypervisor, Instance, Snapshot, SnapshotKind
@@ -228,7 +235,7 @@ async def _fork(
     context: Context, source: Source, child: Instance, target: InstanceState, phases: Phases
 ) -> Instance:
     """Make the fork and bring it to ``target``; undo all of it on failure."""
-    async with contextlib.AsyncExitStack() as undo:
+    async with context.making(child.id), contextlib.AsyncExitStack() as undo:
         try:
             context.records.reserve_instance(child, Intent(child.id, "fork", {}))
         except NameConflict as error:
@@ -239,7 +246,20 @@ async def _fork(
         undo.push_async_callback(end, context, child.id)
         child = await _bring_to(context, child, source, target, phases, disk=disk)
         undo.pop_all()
+    if target is InstanceState.STANDBY and child.state is InstanceState.INITIALIZING:
+        return await _put_to_sleep(context, child)
     return child
+
+
+async def _put_to_sleep(context: Context, child: Instance) -> Instance:
+    """Standby of a fork that has to boot for it; it is deleted if that fails."""
+    try:
+        await reached(context, child.id, InstanceState.RUNNING, context.settings.boot_timeout)
+        return await standby(context, child.id)
+    except BaseException:
+        with contextlib.suppress(NotFound):
+            await finish(delete(context, child.id, graceful=False))
+        raise
 
 
 def child_of(
@@ -282,7 +302,7 @@ async def make_disks(
     it is still being copied: a VMM can be started meanwhile. The future is done when it is whole
     and durable. Raises StorageFull, and so does the future.
     """
-    whole = await asyncio.to_thread(_begin_disks, context, child, source, undo)
+    whole = await finish(asyncio.to_thread(_begin_disks, context, child, source, undo))
     disk = asyncio.ensure_future(asyncio.to_thread(_finish_disk, context, child, source, whole))
     undo.push_async_callback(asyncio.wait, [disk])
     return disk
@@ -330,15 +350,11 @@ async def _bring_to(
         )  # fmt: skip
     await asyncio.shield(disk)
     if source.memory is not None and target is InstanceState.STANDBY:
-        await asyncio.to_thread(_link_standby, context, child, source.memory)
+        await finish(asyncio.to_thread(_link_standby, context, child, source.memory))
         return _commit_resting(context, child, InstanceState.STANDBY)
     if target is InstanceState.STOPPED:
         return _commit_resting(context, child, InstanceState.STOPPED)
-    booting = await boot_and_commit(context, child, fulfils=child.id, note="forked")
-    if target is InstanceState.RUNNING:
-        return booting
-    running = await reached(context, child.id, InstanceState.RUNNING, context.settings.boot_timeout)
-    return await enter_standby(context, running)
+    return await boot_and_commit(context, child, fulfils=child.id, note="forked")
 
 
 def _link_standby(context: Context, child: Instance, memory: Payload) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 from dataclasses import replace
 
-from stillframe.engine.context import Context, Phases
+from stillframe.engine.context import Context, Phases, finish
 from stillframe.engine.keeping.verify import refuse_damaged
 from stillframe.engine.loaded import run_loaded
 from stillframe.engine.machines import boot_and_commit, end
@@ -122,7 +122,7 @@ async def _swap(
         context.records.intend(Intent(instance.id, "restore snapshot", {}))
         undo.callback(take_back)
         with phases.measure("disk"), storage_errors("stage the snapshot"):
-            await asyncio.to_thread(_stage, current, staged, payload, target)
+            await finish(asyncio.to_thread(_stage, current, staged, payload, target))
         with storage_errors("put the restored state in place"):
             exchange(staged.directory, current.directory)
             fsync_directory(data.instances)

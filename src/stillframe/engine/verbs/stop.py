@@ -70,9 +70,12 @@ async def _ask(context: Context, instance: Instance, live: LiveInstance, grace: 
 async def delete(context: Context, instance_id: str, *, graceful: bool = True) -> None:
     """End the instance and remove all of it; snapshots stay.
 
-    Raises NotFound; VmmFailure when its process cannot be ended (then nothing was removed);
-    HostFailure when its files cannot (then it is Stopped; the next try or start removes it).
+    One that is still being made is called off, which leaves nothing of it either. Raises NotFound;
+    VmmFailure when its process cannot be ended (then nothing was removed); HostFailure when its
+    files cannot (then it is Stopped; the next try or start removes it).
     """
+    if await context.call_off(instance_id):
+        return
     async with context.exclusive(instance_id, "delete") as instance:
         await context.compressor.cancel(instance_id)
         with contextlib.ExitStack() as undo:
