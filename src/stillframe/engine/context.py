@@ -24,7 +24,7 @@ from stillframe.model.states import InstanceState
 from stillframe.model.units import new_id
 from stillframe.model.values import Hypervisor, Instance, Snapshot
 from stillframe.store.paths import DataDirectory, Payload
-from stillframe.store.records import Records
+from stillframe.store.records import Intent, Records
 from stillframe.vmm.driver import Driver, DriverProbe, Machine, without_driver
 
 if TYPE_CHECKING:
@@ -319,13 +319,13 @@ class Context:
         self.announce(instance.id)
         return instance
 
-    def witness(self, instance: Instance, *, note: str) -> None:
+    def witness(self, instance: Instance, *, note: str, intent: Intent | None = None) -> None:
         """``commit`` of what has happened already, which a full disk cannot undo.
 
         If it cannot be written, it is known to this server, and written with the next commit; the
-        next server would find out by itself.
+        next server would find out by itself. ``intent`` is what begins with it.
         """
-        self.records.put_instance(instance, can_wait=True)
+        self.records.put_instance(instance, intent=intent, can_wait=True)
         self.note(instance.id, note)
         self.announce(instance.id)
 

@@ -15,6 +15,8 @@ import re
 import secrets
 import time
 import uuid
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from stillframe.engine.context import Context, LiveInstance, finish
@@ -25,6 +27,7 @@ from stillframe.images.boot import BootPair, write_config_disk
 from stillframe.model.errors import (
     DamagedData,
     GuestFailure,
+    NotFound,
     NotSupported,
     StillframeError,
     VmmFailure,
@@ -43,6 +46,7 @@ from stillframe.vmm.driver import (
 )
 
 log = logging.getLogger("stillframe.machines")
+_DIAL_AGAIN = 1.0  # seconds until a guest that has not come up is tried again
 _NO_KERNEL = BootPair(digest="", kernel=Path("/dev/null"), initrd=Path("/dev/null"), arguments="")
 _EXIT_LINE = re.compile(
     rb'STILLFRAME-EXIT nonce=(\w+) code=(-?\d+)(?: message="([^"\n]*)")?', re.MULTILINE
@@ -126,6 +130,7 @@ async def boot(context: Context, instance: Instance, image: Image) -> Machine:
     """
     paths = context.data.instance(instance.id)
     driver, _ = await context.available_driver(instance.hypervisor)
+    await end(context, instance.id)  # one that could not be ended when it was to be
     await finish(asyncio.to_thread(write_config, context, instance, image))
     with storage_errors("make the memory image"):
         paths.memory.unlink(missing_ok=True)
@@ -178,6 +183,7 @@ async def load(context: Context, instance: Instance, devices: Path) -> Machine:
             reasons[0],
             hint="fork a Stopped snapshot, or use the same hypervisor as at the capture",
         )
+    await end(context, instance.id)  # one that could not be ended when it was to be
     async with context.starting():
         resources = await resources_of(context, instance, devices)
         try:
@@ -238,15 +244,26 @@ async def identify_guest(context: Context, instance: Instance, live: LiveInstanc
     )
 
 
+@contextlib.contextmanager
+def ending(live: LiveInstance) -> Iterator[None]:
+    """Mark a VMM as one that is being ended on purpose, unless that fails."""
+    before, live.ending = live.ending, True
+    try:
+        yield
+    except BaseException:
+        live.ending = before
+        raise
+
+
 async def end(context: Context, instance_id: str) -> None:
     """Kill the live VMM of an instance, if any, and forget it. Raises VmmFailure."""
     live = context.live.get(instance_id)
     if live is None:
         return
-    live.ending = True
-    if live.connection is not None:
-        await live.connection.close()
-    await live.machine.kill()
+    with ending(live):
+        if live.connection is not None:
+            await live.connection.close()
+        await live.machine.kill()
     if context.live.get(instance_id) is live:
         del context.live[instance_id]
 
@@ -257,32 +274,73 @@ def announce_ready(context: Context, instance: Instance, live: LiveInstance) -> 
 
 
 async def _await_ready(context: Context, instance_id: str, live: LiveInstance) -> None:
+    gone = asyncio.ensure_future(live.machine.wait_exit())
+    try:
+        while not gone.done() and (instance := _booting(context, instance_id, live)) is not None:
+            try:
+                await _workload_begun(context, live)
+                reason = None
+            except StillframeError as error:
+                reason = f"the guest has not come up yet: {error.message}"
+            instance = _booting(context, instance_id, live)
+            if instance is not None and reason is None and not live.ending:
+                running = context.moved(instance, InstanceState.RUNNING)
+                context.witness(running, note="state is Running")
+                return
+            if instance is not None and reason not in (None, instance.state_error):
+                context.witness(replace(instance, state_error=reason), note=str(reason))
+            await asyncio.wait([gone], timeout=_DIAL_AGAIN)
+    finally:
+        gone.cancel()
+        await asyncio.wait([gone])
+
+
+def _booting(context: Context, instance_id: str, live: LiveInstance) -> Instance | None:
+    """The record of an instance that this VMM still boots."""
+    instance = context.records.instances.get(instance_id)
+    if instance is None or instance.state is not InstanceState.INITIALIZING:
+        return None
+    return instance if context.live.get(instance_id) is live else None
+
+
+async def _workload_begun(context: Context, live: LiveInstance) -> None:
+    """Return when the agent says, on a connection that holds, that its workload has begun.
+
+    Raises GuestFailure, VmmFailure.
+    """
     connection = await dial(live, context.settings.boot_timeout)
     while connection.alive and connection.hello.workload == "starting":
         await live.news.wait()
         live.news.clear()
-    instance = context.records.instances.get(instance_id)
-    current = context.live.get(instance_id) is live and not live.ending
-    if instance is not None and current and instance.state is InstanceState.INITIALIZING:
-        context.witness(context.moved(instance, InstanceState.RUNNING), note="state is Running")
+    if not connection.alive:
+        raise connection.failure()
 
 
 async def _watch(context: Context, instance_id: str, live: LiveInstance) -> None:
-    """Record the end of a VMM that nobody asked to end; boot it again after a guest reboot."""
+    """Record the end of a VMM that nobody asked to end; boot it again after a guest reboot.
+
+    A verb that ends it holds the instance meanwhile, and has it forgotten when it succeeds.
+    """
     await live.machine.wait_exit()
-    if live.ending or context.closing:
+    if context.closing or context.live.get(instance_id) is not live:
         return
-    async with context.exclusive(instance_id, "VMM exit") as instance:
-        if context.live.get(instance_id) is not live or live.ending:
-            return
-        del context.live[instance_id]
-        if live.connection is not None:
-            await live.connection.close()
-        await live.machine.close()
-        if live.machine.shutdown_reason == "guest-reset":
-            await _reboot(context, instance)
-        else:
-            commit_exit(context, instance)
+    with contextlib.suppress(NotFound):  # deleted meanwhile
+        async with context.exclusive(instance_id, "VMM exit") as instance:
+            if context.live.get(instance_id) is live:
+                await _ended(context, instance, live)
+
+
+async def _ended(context: Context, instance: Instance, live: LiveInstance) -> None:
+    del context.live[instance.id]
+    if live.connection is not None:
+        await live.connection.close()
+    await live.machine.close()
+    if not instance.state.has_vmm:  # one that could not be ended in time
+        clear_remains(context.data.instance(instance.id))
+    elif live.machine.shutdown_reason == "guest-reset":
+        await _reboot(context, instance)
+    else:
+        commit_exit(context, instance)
 
 
 def commit_exit(context: Context, instance: Instance) -> Instance:

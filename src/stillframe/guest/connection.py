@@ -169,8 +169,9 @@ class AgentConnection:
     ) -> Self:
         """Greet the agent within ``deadline`` seconds; the stream is ours, and closed on failure.
 
-        ``on_event`` is called with the new state when the workload starts or ends. Raises
-        GuestFailure (code ``guest_agent_error``) when nobody answers or the stream breaks.
+        ``on_event`` is called with the new state when the workload starts or ends, and with the
+        last one known when the connection is lost. Raises GuestFailure (code
+        ``guest_agent_error``) when nobody answers or the stream breaks.
         """
         reader, writer = stream
         try:
@@ -268,6 +269,8 @@ class AgentConnection:
             self._failure = failure
             for channel in list(self._channels.values()):
                 channel.deliver(None)
+            if self._on_event:
+                self._on_event(self._hello)
 
 
 async def _greet(

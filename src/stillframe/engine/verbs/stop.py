@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 
 from stillframe.engine.context import Context, LiveInstance
-from stillframe.engine.machines import clear_remains, dial, end, exit_of
+from stillframe.engine.machines import clear_remains, dial, end, ending, exit_of
 from stillframe.guest.identity import shutdown
 from stillframe.host.files import remove_tree, storage_errors
 from stillframe.model.errors import HostFailure, StillframeError
@@ -44,11 +44,11 @@ async def shut_down(context: Context, instance: Instance, grace: float) -> None:
     live = context.live.get(instance.id)
     if live is None:
         return
-    live.ending = True
-    if instance.state in (InstanceState.RUNNING, InstanceState.INITIALIZING):
-        with contextlib.suppress(StillframeError, TimeoutError):
-            await _ask(context, instance, live, grace)
-    await end(context, instance.id)
+    with ending(live):
+        if instance.state in (InstanceState.RUNNING, InstanceState.INITIALIZING):
+            with contextlib.suppress(StillframeError, TimeoutError):
+                await _ask(context, instance, live, grace)
+        await end(context, instance.id)
 
 
 async def _ask(context: Context, instance: Instance, live: LiveInstance, grace: float) -> None:
