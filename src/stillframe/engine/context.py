@@ -30,6 +30,7 @@ from stillframe.vmm.driver import Driver, DriverProbe, Machine, without_driver
 if TYPE_CHECKING:
     from stillframe.engine.keeping.compression import Compressor
     from stillframe.engine.keeping.expanded import ExpandedImages
+    from stillframe.engine.logs import Logs
     from stillframe.engine.verbs.warm import WarmForks
 
 log = logging.getLogger("stillframe.engine")
@@ -103,6 +104,7 @@ class Context:
         self.warm: WarmForks  # these are made by the engine: they know this context
         self.expanded: ExpandedImages
         self.compressor: Compressor
+        self.logs: Logs
         self.telemetry = Telemetry(records.instances.values, records.snapshots.values)
         self.live: dict[str, LiveInstance] = {}
         self.starts = asyncio.Semaphore(settings.max_concurrent_starts)
@@ -226,6 +228,11 @@ class Context:
             limit.reschedule(asyncio.get_running_loop().time())
         async with self._lock(instance_id):
             return instance_id not in self.records.instances
+
+    def held(self, instance_id: str) -> bool:
+        """Whether a verb is at the instance."""
+        lock = self._locks.get(instance_id)
+        return lock is not None and lock.locked()
 
     @contextlib.asynccontextmanager
     async def _lock(self, instance_id: str) -> AsyncIterator[None]:

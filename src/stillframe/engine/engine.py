@@ -24,6 +24,7 @@ from stillframe.engine.keeping.compression import Compressor
 from stillframe.engine.keeping.expanded import ExpandedImages
 from stillframe.engine.keeping.schedule import Scheduler
 from stillframe.engine.keeping.verbs import KeepingVerbs
+from stillframe.engine.logs import Logs
 from stillframe.engine.moving.uploads import Uploads
 from stillframe.engine.settings import EngineSettings
 from stillframe.engine.telemetry import count_failures
@@ -73,6 +74,7 @@ class Engine(KeepingVerbs):
         self.context.warm = WarmForks(self.context)
         self.context.expanded = ExpandedImages(self.context)
         self.context.compressor = Compressor(self.context)
+        self.context.logs = Logs(self.context)
         self.scheduler = Scheduler(self.context)
         self.uploads = Uploads(self.context)
 
@@ -83,6 +85,7 @@ class Engine(KeepingVerbs):
         self.context.warm.open()
         self.context.compressor.open()
         self.scheduler.start()
+        self.context.logs.start()
 
     async def close(self) -> None:
         """Stop watching; VMs run on."""
@@ -202,7 +205,7 @@ class Engine(KeepingVerbs):
 
     def logs(self, instance_id: str, *, source: str, tail: int, follow: bool) -> AsyncIterator[str]:
         """Lines of the app, vmm or hypeman log."""
-        return guest.logs(self.context, instance_id, source=source, tail=tail, follow=follow)
+        return self.context.logs.lines(instance_id, source=source, tail=tail, follow=follow)
 
     async def exec(self, instance_id: str, request: ExecRequest) -> ExecSession:
         """Start a command in a Running guest."""

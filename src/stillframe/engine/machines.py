@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-import os
 import re
 import secrets
 import time
@@ -20,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from stillframe.engine.context import Context, LiveInstance, finish
+from stillframe.engine.logs import last_bytes
 from stillframe.guest.connection import AgentConnection
 from stillframe.guest.identity import identify
 from stillframe.host.files import create_sparse, storage_errors
@@ -410,14 +410,7 @@ async def boot_and_commit(
 
 def exit_of(context: Context, instance: Instance) -> tuple[int | None, str | None]:
     """Exit code and message of the workload, from the console line that bears the boot's nonce."""
-    path = context.data.instance(instance.id).log("app")
-    try:
-        with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 65536))
-            tail = file.read()
-    except OSError:
-        return None, None
+    tail = last_bytes(context.data.instance(instance.id).log("app"), 65536)
     for nonce, code, message in reversed(_EXIT_LINE.findall(tail)):
         if nonce.decode() == instance.boot_nonce:
             return int(code), message.decode(errors="replace") or None

@@ -97,6 +97,7 @@ def _run_server(settings: Settings) -> None:
             max_snapshot_bytes=settings.max_snapshot_bytes,
             min_free_bytes=settings.min_free_bytes,
             max_archive_bytes=settings.max_archive_bytes,
+            max_log_bytes=settings.max_log_bytes,
         ),
         ServerOptions(
             listen=settings.listen,
