@@ -16,9 +16,10 @@ from stillframe.host.orphans import kill_orphans
 from stillframe.images.library import ImageLibrary
 from stillframe.model.errors import Conflict, InvalidRequest, InvalidState, NotFound
 from stillframe.model.states import InstanceState
-from stillframe.model.values import SnapshotKind
+from stillframe.model.values import ImageStatus, SnapshotKind
 from stillframe.vmm.fake.driver import FakeDriver, FakeMachine
 from support.engine import ask, open_engine, running, traces
+from support.registry import layer
 
 IMAGE = "stillframe/base"
 
@@ -109,6 +110,36 @@ async def _work(engine: Engine, verb: str) -> Any:
         await engine.set_warm(snapshot.id, 1)
         await engine.context.warm.settled(snapshot.id)
     return engine.fork_snapshot(snapshot.id, ForkRequest("new"))
+
+
+async def test_a_create_whose_image_is_deleted_is_refused_and_can_be_tried_again(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halt = Halt(monkeypatch, ImageLibrary, "_commit", first=True)
+    async with at_work(engine.create(CreateRequest("new", IMAGE)), halt) as creation:
+        await engine.delete_image(IMAGE)
+        monkeypatch.undo()
+        # The pull that was called off is not undone yet: that is no reason to refuse another one.
+        again = asyncio.ensure_future(engine.create(CreateRequest("again", IMAGE)))
+        with pytest.raises(Conflict, match="deleted, or"):
+            await creation
+        assert (await again).state is InstanceState.INITIALIZING
+    assert [instance.name for instance in engine.list_instances()] == ["again"]
+    assert engine.find_image(IMAGE).status is ImageStatus.READY
+    assert [path.name for path in (tmp_path / "images").glob(".new-*")] == []
+
+
+async def test_an_import_whose_image_is_deleted_says_so(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "image.tar"
+    source.write_bytes(layer(("etc/hostname", b"other\n")))
+    await engine.import_image("other", source)
+    halt = Halt(monkeypatch, ImageLibrary, "_commit", first=True)
+    async with at_work(engine.import_image("other", source), halt) as importing:
+        await engine.delete_image("other")
+        with pytest.raises(Conflict, match="deleted, or"):
+            await importing
 
 
 @pytest.mark.parametrize(

@@ -113,8 +113,8 @@ class Logs:
                     if _size(source) == place:
                         break
                     place = _append(source, target, place)
+                copy.replace(kept_part(path))  # after a crash here it is there twice, not never
                 os.ftruncate(source, 0)
-                copy.replace(kept_part(path))
                 self._cut[path] = self._cut.get(path, 0) + place
 
     # -- reading ------------------------------------------------------------------------------
