@@ -96,15 +96,21 @@ async def resources_of(
     )
 
 
-def write_config(context: Context, instance: Instance, image: Image) -> None:
-    """Write the boot configuration disk: what to run, as whom, where. Raises StorageFull."""
+def command_of(instance: Instance, image: Image) -> tuple[str, ...]:
+    """What an instance runs: its own entrypoint and cmd, and the image's where it has none.
+
+    As in OCI runtimes, an entrypoint of its own discards the image's cmd. Empty is none.
+    """
     config = image.config
-    entrypoint = config.entrypoint if instance.entrypoint is None else instance.entrypoint
-    # As in OCI runtimes: a new entrypoint discards the image's cmd.
-    default_cmd = config.cmd if instance.entrypoint is None else ()
-    command = entrypoint + (default_cmd if instance.cmd is None else instance.cmd)
+    entrypoint = instance.entrypoint or config.entrypoint
+    return entrypoint + (instance.cmd or (() if instance.entrypoint else config.cmd))
+
+
+def boot_pairs(instance: Instance, image: Image) -> list[tuple[str, str]]:
+    """The boot configuration: what to run, as whom, where."""
+    config = image.config
     environment = {**config.env, **instance.env}
-    pairs = [("arg", part) for part in command]
+    pairs = [("arg", part) for part in command_of(instance, image)]
     pairs += [("env", f"{key}={value}") for key, value in environment.items()]
     pairs += [
         ("cwd", config.working_dir or "/"),
@@ -117,10 +123,15 @@ def write_config(context: Context, instance: Instance, image: Image) -> None:
         ("seed", secrets.token_hex(64)),
     ]
     pairs += _NETWORK if instance.network_enabled else ()
+    return pairs
+
+
+def write_config(context: Context, instance: Instance, image: Image) -> None:
+    """Write the boot configuration disk. Raises StorageFull, InvalidRequest (too large)."""
     path = context.data.instance(instance.id).config
     with storage_errors("write the boot configuration"):
         path.unlink(missing_ok=True)
-        write_config_disk(path, pairs)
+        write_config_disk(path, boot_pairs(instance, image))
 
 
 async def boot(context: Context, instance: Instance, image: Image) -> Machine:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stillframe.engine.context import Context, Phases, finish
 from stillframe.engine.interface import CreateRequest
-from stillframe.engine.machines import boot_and_commit, clear_remains
+from stillframe.engine.machines import boot_and_commit, clear_remains, command_of
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import available_bytes, remove_tree, storage_errors
 from stillframe.images.disk import make_overlay_disk
@@ -22,13 +22,15 @@ from stillframe.model.errors import (
     StillframeError,
 )
 from stillframe.model.states import InstanceState, Permission, Verb, permission
-from stillframe.model.units import MIB, check_name, check_tags, format_size
+from stillframe.model.units import KIB, MIB, check_name, check_tags, format_size
 from stillframe.model.values import Hypervisor, Image, Instance
 from stillframe.store.records import Intent
 
 _HUGE_PAGE = 2 * MIB
 _MIN_MEMORY = 64 * MIB
 _MIN_OVERLAY = 16 * MIB
+# It goes with every command that is run in the guest, in one frame of 64 KiB with the command.
+_MAX_ENVIRONMENT = 48 * KIB
 
 
 async def create(context: Context, request: CreateRequest) -> Instance:
@@ -105,8 +107,8 @@ def _checked(context: Context, request: CreateRequest) -> Instance:
         vcpus=vcpus,
         env=dict(request.env or {}),
         tags=check_tags(request.tags),
-        entrypoint=None if request.entrypoint is None else tuple(request.entrypoint),
-        cmd=None if request.cmd is None else tuple(request.cmd),
+        entrypoint=tuple(request.entrypoint or ()) or None,
+        cmd=tuple(request.cmd or ()) or None,
         network_enabled=request.network_enabled,
         snapshot_policy=request.snapshot_policy,
     )
@@ -128,10 +130,18 @@ def _check_range(what: str, value: int, low: int, high: int, code: str) -> None:
 
 
 def check_environment(env: Mapping[str, str] | None) -> None:
-    """Raises InvalidRequest for a variable that no process could be given."""
+    """Raises InvalidRequest for variables that no process in a guest could be given."""
+    size = 0
     for key, value in (env or {}).items():
         if not key or "=" in key or "\0" in key + value:
             raise InvalidRequest(f"invalid environment variable {key[:40]!r}")
+        size += len(f"env {key}={value} ".encode(errors="replace"))
+    if size > _MAX_ENVIRONMENT:
+        raise InvalidRequest(
+            f"the environment has {size} bytes, at most {_MAX_ENVIRONMENT} are possible",
+            size=size,
+            limit=_MAX_ENVIRONMENT,
+        )
 
 
 def check_command_text(entrypoint: Sequence[str] | None, cmd: Sequence[str] | None) -> None:
@@ -142,8 +152,7 @@ def check_command_text(entrypoint: Sequence[str] | None, cmd: Sequence[str] | No
 
 
 def _check_command(instance: Instance, image: Image) -> None:
-    parts = instance.entrypoint or instance.cmd or image.config.entrypoint or image.config.cmd
-    if not parts and instance.hypervisor is not Hypervisor.FAKE:
+    if not command_of(instance, image) and instance.hypervisor is not Hypervisor.FAKE:
         raise InvalidRequest(
             f"image {instance.image} names no command to run", hint="give cmd or entrypoint"
         )
@@ -190,12 +199,13 @@ async def start(
 ) -> Instance:
     """Boot a Stopped instance on its disks; overrides of entrypoint and cmd persist.
 
-    Raises NotFound, InvalidState, and what booting raises (then it is Stopped as before).
+    Empty ones override nothing. Raises NotFound, InvalidState, InvalidRequest, and what booting
+    raises (then it is Stopped as before).
     """
-    overrides = entrypoint is not None or cmd is not None
+    check_command_text(entrypoint, cmd)
     async with context.exclusive(instance_id, "start") as instance:
         if permission(Verb.START, instance.state) is Permission.NOTHING:
-            if overrides:
+            if entrypoint or cmd:
                 raise InvalidState(
                     f"cannot change the command: instance is {instance.state.value}",
                     hint="stop the instance first",
@@ -203,9 +213,10 @@ async def start(
             return instance
         wanted = replace(
             instance,
-            entrypoint=instance.entrypoint if entrypoint is None else tuple(entrypoint),
-            cmd=instance.cmd if cmd is None else tuple(cmd),
+            entrypoint=tuple(entrypoint or ()) or instance.entrypoint,
+            cmd=tuple(cmd or ()) or instance.cmd,
         )
+        _check_command(wanted, context.images.by_digest(wanted.image_digest))
         try:
             return await boot_and_commit(context, wanted, note="started")
         except StillframeError:

@@ -19,7 +19,7 @@ from stillframe.engine.context import Context, Phases, finish
 from stillframe.engine.interface import ForkOutcome, ForkRequest
 from stillframe.engine.keeping.verify import refuse_damaged
 from stillframe.engine.loaded import run_loaded
-from stillframe.engine.machines import boot_and_commit, end
+from stillframe.engine.machines import boot_and_commit, boot_pairs, end
 from stillframe.engine.telemetry import Operation
 from stillframe.engine.verbs.create import check_environment, make_directory
 from stillframe.engine.verbs.standby import standby
@@ -34,7 +34,7 @@ from stillframe.host.files import (
     remove_tree,
     storage_errors,
 )
-from stillframe.images.boot import write_config_disk
+from stillframe.images.boot import boot_configuration, write_config_disk
 from stillframe.model.errors import (
     Conflict,
     InvalidRequest,
@@ -164,10 +164,11 @@ async def _fork_one(
 ) -> Instance:
     phases = Phases()
     check_name(request.name)
-    check_environment(request.env)
     tags = None if request.tags is None else check_tags(request.tags)
     target = target_of(snapshot.kind, request.target_state)
     hypervisor = await target_hypervisor_of(context, snapshot, request.target_hypervisor)
+    if request.env:
+        _check_child(context, snapshot.template, request)
     if context.records.instance_by_name(request.name) is not None:
         raise name_taken(request.name)
     if target is InstanceState.RUNNING and (warm := context.warm.take(snapshot.id)) is not None:
@@ -180,6 +181,14 @@ async def _fork_one(
         await asyncio.shield(checked)  # it is the siblings' too
     child = child_of(context, source, request, tags)
     return await _fork(context, source, child, target, phases)
+
+
+def _check_child(context: Context, template: Instance, request: ForkRequest) -> None:
+    """Raises InvalidRequest when a fork could not boot, or run commands, with its environment."""
+    environment = {**template.env, **(request.env or {})}
+    check_environment(environment)
+    child = replace(template, name=request.name, env=environment)
+    boot_configuration(boot_pairs(child, context.images.by_digest(template.image_digest)))
 
 
 async def fork_instance(
