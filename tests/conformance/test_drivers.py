@@ -56,6 +56,7 @@ async def test_a_guest_boots_and_greets(bench: Bench) -> None:
 
 @pytest.mark.parametrize("vcpus", [1, 4])
 async def test_memory_goes_on_in_a_new_process(bench: Bench, vcpus: int) -> None:
+    """F28: what was loaded stands still until it is resumed."""
     async with bench.booted("one", vcpus) as (machine, resources):
         async with bench.agent(machine) as connection:
             boot = connection.hello.boot_id

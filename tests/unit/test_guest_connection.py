@@ -100,6 +100,7 @@ async def test_a_command_that_cannot_start_is_told_apart() -> None:
         with pytest.raises(GuestFailure) as caught:
             await (await start_exec(connection, ["nope"])).wait()
         assert (caught.value.code, caught.value.facts) == ("exec_failed", {"errno": "ENOENT"})
+        assert caught.value.message == "cannot run nope: no such file"
 
 
 async def test_stdin_waits_for_the_guests_credit() -> None:

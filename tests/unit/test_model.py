@@ -117,6 +117,20 @@ def test_every_verb_and_state_is_either_allowed_or_refused_with_a_reason() -> No
                 assert caught.value.hint
 
 
+def test_a_refusal_says_what_to_ask_for_first() -> None:
+    for verb, state, way in (
+        (Verb.START, InstanceState.STANDBY, "restore the instance: its memory is in standby"),
+        (Verb.STOP, InstanceState.STANDBY, "restore the instance first"),
+        (Verb.GUEST, InstanceState.STOPPED, "start the instance first"),
+        (Verb.RESTORE, InstanceState.STOPPED, "start the instance, then put it into standby"),
+        (Verb.RESTORE_SNAPSHOT, InstanceState.RUNNING, "put the instance into standby, or stop it"),
+        (Verb.STANDBY, InstanceState.CREATED, "wait until the instance has settled, or delete it"),
+    ):
+        with pytest.raises(InvalidState) as caught:
+            permission(verb, state)
+        assert caught.value.hint == way
+
+
 def test_no_verb_acts_on_an_unknown_instance() -> None:
     assert all(InstanceState.UNKNOWN not in allowed for allowed in ALLOWED.values())
     assert set(TRANSITIONS) == set(InstanceState)

@@ -90,7 +90,10 @@ def report(connection: HTTPConnection, error: StillframeError) -> Error:
     body = describe(error, private_texts(connection))
     if isinstance(error, HostFailure):
         reference = secrets.token_hex(6)
-        _LOG.error("%s %s", reference, connection.url.path, exc_info=error)
+        if error.hint is None:  # else it is known, and what to do: no traceback tells more
+            _LOG.error("%s %s", reference, connection.url.path, exc_info=error)
+        else:
+            _LOG.warning("%s %s: %s", reference, connection.url.path, error)
         body.details = [
             *(body.details or []),
             ErrorDetail(code="reference", message=reference),

@@ -186,6 +186,8 @@ def configure_logging(log_format: str, level: str, stream: IO[str] | None = None
     root.setLevel(level.upper())
     # It calls every WebSocket an event worth telling.
     logging.getLogger("uvicorn.error").setLevel(max(root.level, logging.WARNING))
+    # Each end of a conversation with a QEMU is one too, also one that was meant.
+    logging.getLogger("stillframe.qmp").setLevel(max(root.level, logging.WARNING))
 
 
 class JsonFormatter(logging.Formatter):

@@ -167,7 +167,7 @@ def foreign_to(instance: Instance, probe: DriverProbe) -> list[str]:
     """Why memory of ``instance`` cannot run under a hypervisor as it is here; empty if it can.
 
     The host's processor counts only where guests see it, under KVM, and where it was recorded. The
-    version does not where the hypervisor seals memory: state of vz loads under a newer macOS.
+    version does not where the hypervisor seals memory: that alone can tell what it loads.
     """
     hypervisor = instance.hypervisor.value
     facts = [(f"with {hypervisor} accelerator", instance.accelerator, probe.accelerator)]

@@ -15,6 +15,7 @@ from stillframe.guest.wire import Frame, FrameType
 from stillframe.model.errors import GuestFailure
 
 NONCE_SIZE = 16
+AGENT_SAYS = "guest agent: "  # before the words of an agent
 HELLO_INTERVAL = 0.5  # seconds between greetings while nobody answers
 READ_SIZE = 65536
 # Grant credit in pieces of this size, not per frame.
@@ -81,7 +82,7 @@ class Channel:
             self._ended = True
             fields = parse_fields(frame.payload)
             raise GuestFailure(
-                f"guest agent: {fields.get('message', 'failed')[:400]}",
+                f"{AGENT_SAYS}{fields.get('message', 'failed')[:400]}",
                 errno=fields.get("errno", "EUNKNOWN")[:32],
             )
         if frame.type in _DATA_TYPES:

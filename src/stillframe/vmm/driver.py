@@ -23,7 +23,7 @@ from stillframe.model.values import Hypervisor, ProcessIdentity
 class DriverProbe:
     """What a hypervisor offers on this host, as found by trying.
 
-    ``reason`` says in a sentence why it is unavailable, ``hint`` how to mend it.
+    ``reason`` says in a sentence why it is unavailable, or emulated; ``hint`` how to mend it.
     ``processor`` is what its guests see as theirs: the host's under KVM, a model by name otherwise.
     ``features`` uses the contract's runtime feature ids (snapshots, standby, fork, pause, ...).
     """

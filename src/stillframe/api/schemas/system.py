@@ -39,7 +39,7 @@ class DefaultRuntime(Answer):
 class Runtime(Answer):
     """One hypervisor on this host. Fields after ``features`` are Stillframe's own.
 
-    ``reason`` says why it is unavailable, ``hint`` how to mend it.
+    ``reason`` says why it is unavailable, or emulated; ``hint`` how to mend it.
     """
 
     name: str

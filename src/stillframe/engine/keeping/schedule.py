@@ -52,7 +52,7 @@ _LONGEST_SLEEP = (
     60.0  # seconds: how late a run may be after a leap of the clock, as in the contract
 )
 _SHORTEST_SLEEP = 0.5
-_AFTER_FAILURE = 60.0  # until something that could not even be begun is tried again
+_AFTER_FAILURE = 20.0  # until something that could not even be begun is tried again
 _KINDS = {
     InstanceState.RUNNING: SnapshotKind.STANDBY,
     InstanceState.STANDBY: SnapshotKind.STANDBY,

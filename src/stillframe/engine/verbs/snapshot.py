@@ -1,4 +1,4 @@
-"""Snapshots: create, list, delete. A Running source stays Running."""
+"""Snapshots: create and delete. A Running source stays Running."""
 
 from __future__ import annotations
 
