@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -228,3 +230,35 @@ async def test_a_cancelled_creation_leaves_nothing(
             await making
     assert traces(tmp_path) == []
     assert engine.context.records.intents == {}
+
+
+@pytest.mark.parametrize("verb", ["delete", "snapshot"])
+async def test_what_is_cancelled_while_files_are_changed_leaves_nothing_half_done(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    source = await running(engine)
+    await engine.stop(source.id)
+    module, step = {
+        "delete": ("stillframe.engine.verbs.stop", "remove_tree"),
+        "snapshot": ("stillframe.engine.verbs.snapshot", "clone"),
+    }[verb]
+    original = getattr(importlib.import_module(module), step)
+    loop, cancelled = asyncio.get_running_loop(), threading.Event()
+
+    def cancel_first(*arguments: Any) -> None:
+        loop.call_soon_threadsafe(task.cancel)
+        loop.call_soon_threadsafe(loop.call_soon, cancelled.set)
+        assert cancelled.wait(60)
+        original(*arguments)
+
+    monkeypatch.setattr(f"{module}.{step}", cancel_first)
+    work: Any = engine.delete(source.id)
+    if verb == "snapshot":
+        work.close()
+        work = engine.snapshot(source.id, kind=SnapshotKind.STOPPED)
+    task = asyncio.ensure_future(work)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    monkeypatch.undo()
+    assert engine.context.records.intents == {}
+    assert len(traces(tmp_path)) == len(engine.list_instances()) == (verb == "snapshot")

@@ -82,9 +82,10 @@ class Logs:
             large = [path for path in map(paths.log, LOG_SOURCES) if self._too_large(path)]
             if not large or self._context.held(instance_id):
                 continue
-            async with self._context.exclusive(instance_id, "cut logs"):
-                for path in large:
-                    await self._shorten(path)
+            with contextlib.suppress(NotFound):
+                async with self._context.exclusive(instance_id, "cut logs"):
+                    for path in large:
+                        await self._shorten(path)
 
     def _too_large(self, path: Path) -> bool:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from stillframe.engine.context import Context, LiveInstance
+from stillframe.engine.context import Context, LiveInstance, finish
 from stillframe.engine.machines import clear_remains, dial, end, ending, exit_of
 from stillframe.guest.identity import shutdown
 from stillframe.host.files import remove_tree, storage_errors
@@ -86,7 +86,7 @@ async def delete(context: Context, instance_id: str, *, graceful: bool = True) -
                 await shut_down(context, instance, _DELETE_GRACE)
             await end(context, instance_id)
             undo.pop_all()
-        await _remove(context, instance)
+        await finish(_remove(context, instance))
 
 
 async def _remove(context: Context, instance: Instance) -> None:
