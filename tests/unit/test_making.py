@@ -252,11 +252,8 @@ async def test_what_is_cancelled_while_files_are_changed_leaves_nothing_half_don
         original(*arguments)
 
     monkeypatch.setattr(f"{module}.{step}", cancel_first)
-    work: Any = engine.delete(source.id)
-    if verb == "snapshot":
-        work.close()
-        work = engine.snapshot(source.id, kind=SnapshotKind.STOPPED)
-    task = asyncio.ensure_future(work)
+    options = {"kind": SnapshotKind.STOPPED} if verb == "snapshot" else {}
+    task = asyncio.ensure_future(getattr(engine, verb)(source.id, **options))
     with pytest.raises(asyncio.CancelledError):
         await task
     monkeypatch.undo()
