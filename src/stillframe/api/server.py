@@ -272,6 +272,8 @@ async def _main(
         stack.callback((settings.data_dir / "server.json").unlink, missing_ok=True)
         server = _Server(config, lambda: _announce(settings, engine, urls, started))
         await server.serve(sockets=listeners)
+        for request in server.server_state.tasks:  # a second signal has left them at work
+            request.cancel()
         _LOG.info("stopping; instances run on")
 
 
@@ -309,7 +311,12 @@ def _announce(
     for metrics_url in for_metrics:
         record["metrics_url"] = f"{metrics_url}/metrics"
         _LOG.info("metrics on %s/metrics", metrics_url)
-    _write_private(settings.data_dir / "server.json", json.dumps(record) + "\n")
+    path = settings.data_dir / "server.json"
+    try:
+        _write_private(path, json.dumps(record) + "\n")
+    except OSError as error:  # on a full disk somebody must be able to delete what fills it
+        path.unlink(missing_ok=True)  # it tells of an earlier server
+        _LOG.warning("clients must be told the URL, %s: %s", path, error.strerror)
     instances = len(engine.list_instances())
     took = (time.monotonic() - started) * 1000
     print(

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from stillframe.engine.context import Context, LiveInstance, finish
 from stillframe.engine.logs import last_bytes
-from stillframe.guest.connection import AgentConnection
+from stillframe.engine.space import LACKS_SPACE, look_after, until_it_goes_on
+from stillframe.guest.connection import AgentConnection, silent
 from stillframe.guest.identity import identify
 from stillframe.host.files import create_sparse, storage_errors
 from stillframe.images.boot import BootPair, write_config_disk
@@ -220,6 +221,8 @@ async def connect(context: Context, live: LiveInstance, timeout: float) -> Agent
 
     Raises GuestFailure when the agent is silent for ``timeout`` seconds, or has been before.
     """
+    if live.machine.lacks_space.is_set():
+        raise GuestFailure(LACKS_SPACE, hint="free space in the data directory")
     if live.greeting is not None:
         await asyncio.wait([live.greeting])
         failure = None if live.greeting.cancelled() else live.greeting.exception()
@@ -232,27 +235,51 @@ async def connect(context: Context, live: LiveInstance, timeout: float) -> Agent
 
 
 async def dial(live: LiveInstance, timeout: float) -> AgentConnection:
-    """The connection to the guest agent, made if there is none. Raises GuestFailure."""
-    async with live.dialling:
-        if live.connection is None or not live.connection.alive:
-            stream = await live.machine.dial_agent()
-            live.connection = await AgentConnection.open(
-                stream, deadline=timeout, on_event=lambda _: live.news.set()
-            )
-        return live.connection
+    """The connection to the guest agent, made if there is none.
+
+    Raises GuestFailure when that takes more than ``timeout`` seconds, VmmFailure.
+    """
+    try:
+        async with asyncio.timeout(timeout), live.dialling:
+            if live.connection is None or not live.connection.alive:
+                stream = await live.machine.dial_agent()
+                live.connection = await AgentConnection.open(
+                    stream,
+                    deadline=timeout,
+                    on_event=lambda _: live.news.set(),
+                    on_loss=live.news.set,
+                )
+            return live.connection
+    except TimeoutError as error:
+        raise silent(timeout) from error
 
 
 async def identify_guest(context: Context, instance: Instance, live: LiveInstance) -> None:
-    """Make a restored or forked guest itself: entropy, clock, names. Raises GuestFailure."""
-    connection = await dial(live, context.settings.agent_timeout)
-    await identify(
-        connection,
-        seed=secrets.token_bytes(64),
-        time_ns=time.time_ns,
-        hostname=instance.name,
-        machine_id=machine_id(instance.id),
-        instance_id=instance.id,
-    )
+    """Make a restored or forked guest itself: entropy, clock, names. Raises GuestFailure.
+
+    One that is silent because it lacks space is asked again when it goes on.
+    """
+    while True:
+        try:
+            return await _identify_once(context, instance, live)
+        except GuestFailure:
+            if not live.machine.lacks_space.is_set():
+                raise
+        await until_it_goes_on(context, instance.id)
+
+
+async def _identify_once(context: Context, instance: Instance, live: LiveInstance) -> None:
+    patience = context.settings.agent_timeout
+    connection = await dial(live, patience)
+    async with connection.answering(patience):
+        await identify(
+            connection,
+            seed=secrets.token_bytes(64),
+            time_ns=time.time_ns,
+            hostname=instance.name,
+            machine_id=machine_id(instance.id),
+            instance_id=instance.id,
+        )
 
 
 @contextlib.contextmanager
@@ -298,7 +325,8 @@ async def _await_ready(context: Context, instance_id: str, live: LiveInstance) -
                 running = context.moved(instance, InstanceState.RUNNING)
                 context.witness(running, note="state is Running")
                 return
-            if instance is not None and reason not in (None, instance.state_error):
+            silent_for_space = live.machine.lacks_space.is_set()  # which is said already
+            if instance and not silent_for_space and reason not in (None, instance.state_error):
                 context.witness(replace(instance, state_error=reason), note=str(reason))
             await asyncio.wait([gone], timeout=_DIAL_AGAIN)
     finally:
@@ -332,7 +360,11 @@ async def _watch(context: Context, instance_id: str, live: LiveInstance) -> None
 
     A verb that ends it holds the instance meanwhile, and has it forgotten when it succeeds.
     """
-    await live.machine.wait_exit()
+    about_space = context.spawn(look_after(context, instance_id, live), name="look after space")
+    try:
+        await live.machine.wait_exit()
+    finally:
+        about_space.cancel()
     if context.closing or context.live.get(instance_id) is not live:
         return
     with contextlib.suppress(NotFound):  # deleted meanwhile

@@ -62,6 +62,7 @@ def _local_findings(settings: Settings) -> Iterator[Finding]:
     yield _program(settings.qemu_binary, "qemu-system-x86", "runs virtual machines")
     yield _optional(settings.firecracker_binary, "firecracker", settings.programs_dir)
     yield _optional(settings.cloud_hypervisor_binary, "cloud-hypervisor", settings.programs_dir)
+    yield _network(Path("/dev/net/tun"))
     for name, (package, purpose) in _PROGRAMS.items():
         yield _program(name, package, purpose)
     yield _kernel(settings.kernel_dir)
@@ -93,6 +94,21 @@ def _optional(name: str, hypervisor: str, installed: Path) -> Finding:
         return Finding(hypervisor, "ok", found)
     missing = f"{name} is not installed; guests can do without"
     return Finding(hypervisor, "warn", missing, f"stillframe setup {hypervisor}")
+
+
+def _network(device: Path) -> Finding:
+    """What the network of guests takes under hypervisors that have none themselves."""
+    from stillframe.host.programs import find_program
+
+    without = "no network under firecracker and cloud-hypervisor"
+    found = find_program("slirp4netns")
+    if not found:
+        fix = "apt-get install slirp4netns"
+        return Finding("slirp4netns", "warn", f"missing: {without}", fix)
+    if not os.access(device, os.R_OK | os.W_OK):
+        why = "no permission" if device.exists() else "absent"
+        return Finding("slirp4netns", "warn", f"{device}: {why}: {without}", "modprobe tun")
+    return Finding("slirp4netns", "ok", found)
 
 
 def _tracker(library: Path) -> Finding:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from stillframe.engine.context import Context, Phases, finish
 from stillframe.engine.interface import CreateRequest
+from stillframe.engine.keeping.expiry import deadline
 from stillframe.engine.machines import boot_and_commit, clear_remains, command_of
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import available_bytes, remove_tree, storage_errors
@@ -22,7 +23,7 @@ from stillframe.model.errors import (
     StillframeError,
 )
 from stillframe.model.states import InstanceState, Permission, Verb, permission
-from stillframe.model.units import KIB, MIB, check_name, check_tags, format_size
+from stillframe.model.units import KIB, MIB, check_encodable, check_name, check_tags, format_size
 from stillframe.model.values import Hypervisor, Image, Instance
 from stillframe.store.records import Intent
 
@@ -41,7 +42,7 @@ async def create(context: Context, request: CreateRequest) -> Instance:
     VmmFailure, Conflict (deleted meanwhile); then nothing of it is left.
     """
     wanted = _checked(context, request)
-    await context.available_driver(wanted.hypervisor)
+    await context.available_driver(context.offered(wanted.hypervisor))
     async with context.making(wanted.id):
         with contextlib.ExitStack() as undo:
             try:
@@ -50,7 +51,10 @@ async def create(context: Context, request: CreateRequest) -> Instance:
                 raise _name_taken(request.name) from error
             undo.callback(context.forget, wanted.id)
             image = await context.images.ensure(request.image, platform=request.platform)
-            instance = replace(wanted, image_digest=image.digest, platform=image.platform)
+            expires_at = deadline(context, request.expires_at, request.lifetime)  # after the pull
+            instance = replace(
+                wanted, image_digest=image.digest, platform=image.platform, expires_at=expires_at
+            )
             # From now on the image is in use. It need not be written: a crash ends the creation.
             context.records.instances[instance.id] = instance
             _check_command(instance, image)
@@ -86,6 +90,7 @@ def _checked(context: Context, request: CreateRequest) -> Instance:
         raise InvalidRequest(
             f"vcpus must be 1 to {settings.max_vcpus}, not {vcpus}", limit=settings.max_vcpus
         )
+    deadline(context, request.expires_at, request.lifetime)
     check_environment(request.env)
     check_command_text(request.entrypoint, request.cmd)
     if memory > _host_memory():
@@ -133,6 +138,7 @@ def check_environment(env: Mapping[str, str] | None) -> None:
     """Raises InvalidRequest for variables that no process in a guest could be given."""
     size = 0
     for key, value in (env or {}).items():
+        check_encodable(key + value, what="an environment variable")
         if not key or "=" in key or "\0" in key + value:
             raise InvalidRequest(f"invalid environment variable {key[:40]!r}")
         size += len(f"env {key}={value} ".encode(errors="replace"))
@@ -147,6 +153,7 @@ def check_environment(env: Mapping[str, str] | None) -> None:
 def check_command_text(entrypoint: Sequence[str] | None, cmd: Sequence[str] | None) -> None:
     """Raises InvalidRequest for a command that no process could be given."""
     parts = [*(entrypoint or ()), *(cmd or ())]
+    check_encodable("".join(parts), what="the command")
     if any("\0" in part for part in parts):
         raise InvalidRequest("a command cannot contain NUL")
 

@@ -49,6 +49,7 @@ _STATUS = {
     "prelaunch": MachineStatus.PAUSED,
     "postmigrate": MachineStatus.PAUSED,
     "save-vm": MachineStatus.PAUSED,
+    "io-error": MachineStatus.PAUSED,
     "shutdown": MachineStatus.SHUTDOWN,
     "guest-panicked": MachineStatus.SHUTDOWN,
 }
@@ -82,6 +83,7 @@ class QemuMachine:
         """Use ``open`` before anything else."""
         self.process: ProcessIdentity = process.identity
         self.shutdown_reason: str | None = None
+        self.lacks_space = asyncio.Event()
         self.writes_memory = False
         self._process = process
         self._sockets = sockets
@@ -97,6 +99,11 @@ class QemuMachine:
         match event["event"]:
             case "SHUTDOWN":
                 self.shutdown_reason = event["data"]["reason"]
+            case "BLOCK_IO_ERROR" if event["data"].get("nospace"):
+                if event["data"]["action"] == "stop":
+                    self.lacks_space.set()
+            case "RESUME":
+                self.lacks_space.clear()
             case "BLOCK_JOB_COMPLETED":
                 self._copies.completed(event["data"])
             case "MIGRATION" if not self._loaded.done():

@@ -87,6 +87,7 @@ class VzMachine(NoDiskCopies):
         """``process`` was started for a VM with these ``resources``."""
         self.process: ProcessIdentity = process.identity
         self.shutdown_reason: str | None = None
+        self.lacks_space = asyncio.Event()
         self.writes_memory = True
         self._process = process
         self._directory = resources.directory
