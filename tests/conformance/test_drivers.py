@@ -299,11 +299,14 @@ async def test_memory_of_another_shape_is_refused(bench: Bench, other: str) -> N
 
 
 async def test_a_shutdown_is_told_from_a_reset(bench: Bench) -> None:
-    async with bench.booted("one") as (machine, _):
+    async with bench.booted("one") as (machine, resources):
         async with bench.agent(machine) as connection:
+            os.truncate(resources.console_log, 0)  # as when it has grown too large
             await shutdown(connection, grace_ms=100)
             await asyncio.wait_for(machine.wait_exit(), 60)
         assert machine.shutdown_reason == "guest-shutdown"
+        assert b"\0" not in resources.console_log.read_bytes()  # it goes on at its beginning
+        assert b"STILLFRAME-EXIT nonce=" in resources.console_log.read_bytes()
     async with bench.booted("two") as (machine, resources):
         adopted = None
         await machine.close()

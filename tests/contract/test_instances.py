@@ -102,7 +102,7 @@ def test_nothing_is_known_by_a_wrong_id(sdk: Hypeman, refused: Refused) -> None:
         ({"hypervisor": "xen"}, (400, "Bad Request")),
         ({"hypervisor": "vz"}, (501, "not_supported")),
         ({"volumes": [{"volume_id": "v", "mount_path": "/m"}]}, (501, "not_supported")),
-        ({"ttl": "soon"}, (400, "invalid_ttl")),
+        ({"ttl": "-1h"}, (400, "invalid_ttl")),
         ({"restart_policy": {"policy": "always"}}, (501, "not_supported")),
     ],
 )

@@ -64,6 +64,7 @@ class Settings:
     max_snapshot_bytes: int = 0
     min_free_bytes: int = 256 * MIB
     max_archive_bytes: int = 256 * GIB
+    max_log_bytes: int = 50 * MIB
 
     @property
     def programs_dir(self) -> Path:
@@ -158,6 +159,7 @@ KEYS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "limits.max_snapshot_bytes": ("max_snapshot_bytes", _size_or_none),
     "limits.min_free": ("min_free_bytes", _size_or_none),
     "limits.max_archive": ("max_archive_bytes", _size),
+    "limits.max_log": ("max_log_bytes", _size),
     "defaults.memory": ("default_memory_bytes", _size),
     "defaults.vcpus": ("default_vcpus", _count),
     "defaults.overlay": ("default_overlay_bytes", _size),

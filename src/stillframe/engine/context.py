@@ -21,6 +21,7 @@ from stillframe.host.files import supports_reflink
 from stillframe.images.boot import BootPair, build_boot_pair, load_boot_pair, remove_boot_pair
 from stillframe.images.library import ImageLibrary
 from stillframe.model.errors import (
+    Conflict,
     InvalidRequest,
     InvalidState,
     NotFound,
@@ -37,7 +38,7 @@ from stillframe.model.values import (
     Snapshot,
 )
 from stillframe.store.paths import DataDirectory, Payload
-from stillframe.store.records import Records
+from stillframe.store.records import Intent, Records
 from stillframe.vmm.driver import (
     Driver,
     DriverProbe,
@@ -50,6 +51,7 @@ from stillframe.vmm.driver import (
 if TYPE_CHECKING:
     from stillframe.engine.keeping.compression import Compressor
     from stillframe.engine.keeping.expanded import ExpandedImages
+    from stillframe.engine.logs import Logs
     from stillframe.engine.verbs.warm import WarmForks
 
 log = logging.getLogger("stillframe.engine")
@@ -124,6 +126,7 @@ class Context:
         self.warm: WarmForks  # these are made by the engine: they know this context
         self.expanded: ExpandedImages
         self.compressor: Compressor
+        self.logs: Logs
         self.telemetry = Telemetry(records.instances.values, records.snapshots.values)
         self.live: dict[str, LiveInstance] = {}
         self.starts = asyncio.Semaphore(settings.max_concurrent_starts)
@@ -131,7 +134,7 @@ class Context:
         self.snapshot_users: Counter[str] = Counter()
         self._snapshot_idle = asyncio.Condition()
         self._locks: dict[str, asyncio.Lock] = {}
-        self._holders: dict[str, str] = {}
+        self._making: dict[str, asyncio.Timeout] = {}
         self._listeners: dict[str, set[asyncio.Event]] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._boot_pair: BootPair | None = None
@@ -279,14 +282,57 @@ class Context:
     # -- locks --------------------------------------------------------------------------------
     @contextlib.asynccontextmanager
     async def exclusive(self, instance_id: str, verb: str) -> AsyncIterator[Instance]:
-        """Hold the instance for ``verb``; yields its record as it is then. Raises NotFound."""
-        lock = self._locks.setdefault(instance_id, asyncio.Lock())
-        async with lock:
-            self._holders[instance_id] = verb
+        """Hold the instance for ``verb``; yields its record as it is then.
+
+        Waits for other verbs, but not for its making. Raises NotFound, InvalidState.
+        """
+        known = self.records.instances.get(instance_id)
+        if instance_id in self._making and known and known.state is InstanceState.CREATED:
+            raise InvalidState(
+                f"cannot {verb}: the instance is still being made",
+                hint="wait until it runs, or delete it",
+                state=known.state.value,
+            )
+        async with self._lock(instance_id):
+            yield self.instance(instance_id)
+
+    @contextlib.asynccontextmanager
+    async def making(self, instance_id: str) -> AsyncIterator[None]:
+        """Hold a new instance from before there is a record of it until it is committed.
+
+        When it is deleted meanwhile the block is cancelled, so that it undoes what it did, and
+        Conflict is raised.
+        """
+        async with self._lock(instance_id):
+            # A deadline that nobody knows beforehand: whoever deletes the instance sets it.
+            limit = asyncio.timeout(None)
             try:
-                yield self.instance(instance_id)
+                async with limit:
+                    self._making[instance_id] = limit
+                    yield
+            except TimeoutError as error:
+                if not limit.expired():
+                    raise
+                raise Conflict("the instance was deleted while it was being made") from error
             finally:
-                self._holders.pop(instance_id, None)
+                self._making.pop(instance_id, None)
+
+    async def call_off(self, instance_id: str) -> bool:
+        """Have the making of an instance undone, and wait for that; False if it is made already."""
+        limit = self._making.get(instance_id)
+        if limit is None:
+            return False
+        if not limit.expired():
+            limit.reschedule(asyncio.get_running_loop().time())
+        async with self._lock(instance_id):
+            return instance_id not in self.records.instances
+
+    @contextlib.asynccontextmanager
+    async def _lock(self, instance_id: str) -> AsyncIterator[None]:
+        async with self._locks.setdefault(instance_id, asyncio.Lock()):
+            try:
+                yield
+            finally:
                 if instance_id not in self.records.instances:
                     self._locks.pop(instance_id, None)
 
@@ -420,13 +466,13 @@ class Context:
         self.announce(instance.id)
         return instance
 
-    def witness(self, instance: Instance, *, note: str) -> None:
+    def witness(self, instance: Instance, *, note: str, intent: Intent | None = None) -> None:
         """``commit`` of what has happened already, which a full disk cannot undo.
 
         If it cannot be written, it is known to this server, and written with the next commit; the
-        next server would find out by itself.
+        next server would find out by itself. ``intent`` is what begins with it.
         """
-        self.records.put_instance(instance, can_wait=True)
+        self.records.put_instance(instance, intent=intent, can_wait=True)
         self.note(instance.id, note)
         self.announce(instance.id)
 

@@ -25,6 +25,7 @@ from stillframe.engine.keeping.compression import Compressor
 from stillframe.engine.keeping.expanded import ExpandedImages
 from stillframe.engine.keeping.schedule import Scheduler
 from stillframe.engine.keeping.verbs import KeepingVerbs
+from stillframe.engine.logs import Logs
 from stillframe.engine.moving.export import Places
 from stillframe.engine.moving.uploads import Uploads
 from stillframe.engine.settings import EngineSettings
@@ -75,6 +76,7 @@ class Engine(KeepingVerbs):
         self.context.warm = WarmForks(self.context)
         self.context.expanded = ExpandedImages(self.context)
         self.context.compressor = Compressor(self.context)
+        self.context.logs = Logs(self.context)
         self.scheduler = Scheduler(self.context)
         self.uploads = Uploads(self.context)
         self.places = Places()
@@ -87,10 +89,12 @@ class Engine(KeepingVerbs):
         self.context.warm.open()
         self.context.compressor.open()
         self.scheduler.start()
+        self.context.logs.start()
 
     async def close(self) -> None:
         """Stop watching; VMs run on."""
         self.context.closing = True
+        await self.context.images.close()  # whoever waits for one need not be waited for
         await self.context.verbs_ended()
         await self.context.warm.close()
         await self.context.compressor.close()
@@ -210,7 +214,7 @@ class Engine(KeepingVerbs):
 
     def logs(self, instance_id: str, *, source: str, tail: int, follow: bool) -> AsyncIterator[str]:
         """Lines of the app, vmm or hypeman log."""
-        return guest.logs(self.context, instance_id, source=source, tail=tail, follow=follow)
+        return self.context.logs.lines(instance_id, source=source, tail=tail, follow=follow)
 
     async def exec(self, instance_id: str, request: ExecRequest) -> ExecSession:
         """Start a command in a Running guest."""
@@ -351,7 +355,11 @@ class Engine(KeepingVerbs):
         """Forget an image name; Conflict while an instance or snapshot needs it."""
         image = self.context.images.find(reference)
         records = self.context.records
-        users = [i.name for i in records.instances.values() if i.image_digest == image.digest]
+        users = [
+            i.name
+            for i in records.instances.values()
+            if i.image_digest and i.image_digest == image.digest
+        ]
         users += [
             s.name or s.id
             for s in records.snapshots.values()

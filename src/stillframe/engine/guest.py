@@ -1,12 +1,8 @@
-"""What is done inside a Running guest: commands, files, logs."""
+"""What is done inside a Running guest: commands and files."""
 
 from __future__ import annotations
 
-import asyncio
-import os
-from collections import deque
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import stillframe.guest.files as guest_files
 from stillframe.engine.context import Context
@@ -14,14 +10,9 @@ from stillframe.engine.interface import ExecRequest, ExecSession, ReadEntry
 from stillframe.engine.machines import connect
 from stillframe.guest.connection import AgentConnection
 from stillframe.guest.exec import start_exec
-from stillframe.host.watch import file_changes
-from stillframe.model.errors import InvalidRequest, InvalidState, NotFound
+from stillframe.model.errors import InvalidRequest, InvalidState
 from stillframe.model.states import InstanceState
 from stillframe.model.values import PathInfo
-
-LOG_SOURCES = ("app", "vmm", "hypeman")
-_TAIL_BLOCK = 1 << 16
-_MAX_LINE = 1 << 16
 
 
 async def connection_to(context: Context, instance_id: str, patience: float = 0) -> AgentConnection:
@@ -109,62 +100,3 @@ def check_path(path: str) -> str:
     if not path.startswith("/") or "\0" in path or len(path.encode(errors="replace")) > 4095:
         raise InvalidRequest("path must be absolute, without NUL, at most 4095 bytes")
     return path
-
-
-async def logs(
-    context: Context, instance_id: str, *, source: str, tail: int, follow: bool
-) -> AsyncIterator[str]:
-    """The last ``tail`` lines of a log and, with ``follow``, every later one until deletion.
-
-    Raises InvalidRequest, NotFound (code ``log_not_found``).
-    """
-    if source not in LOG_SOURCES:
-        raise InvalidRequest(f"log source must be one of {', '.join(LOG_SOURCES)}")
-    context.instance(instance_id)
-    path = context.data.instance(instance_id).log(source)
-    if not path.exists():
-        raise NotFound(f"no {source} log yet", code="log_not_found")
-    lines, position = await asyncio.to_thread(_tail, path, tail)
-    for line in lines:
-        yield line
-    if not follow:
-        return
-    async with file_changes(path) as changed:
-        partial = b""
-        while path.exists():
-            changed.clear()
-            block = await asyncio.to_thread(_read_from, path, position)
-            position += len(block)
-            *whole, partial = (partial + block).split(b"\n")
-            for raw in whole:
-                yield _text(raw)
-            if len(partial) > _MAX_LINE:  # a guest may never end its line
-                yield _text(partial)
-                partial = b""
-            if not block:
-                await changed.wait()
-
-
-def _tail(path: Path, count: int) -> tuple[list[str], int]:
-    """The last ``count`` whole lines and the position behind them."""
-    with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        start, data = end, b""
-        while start > 0 and data.count(b"\n") <= count and len(data) < (64 << 20):
-            step = min(_TAIL_BLOCK, start)
-            start -= step
-            file.seek(start)
-            data = file.read(step) + data
-    whole, _, rest = data.rpartition(b"\n")
-    lines = deque(whole.split(b"\n") if whole else (), maxlen=count)
-    return [_text(line) for line in lines], end - len(rest)
-
-
-def _read_from(path: Path, position: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(position)
-        return file.read(_TAIL_BLOCK)
-
-
-def _text(raw: bytes) -> str:
-    return raw.rstrip(b"\r").decode("utf-8", "replace")

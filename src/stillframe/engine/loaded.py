@@ -18,11 +18,11 @@ from stillframe.engine.machines import (
 )
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import storage_errors
-from stillframe.model.errors import GuestFailure, NotFound
+from stillframe.model.errors import GuestFailure, NotFound, StillframeError, VmmFailure
 from stillframe.model.states import InstanceState
 from stillframe.model.values import Instance
 from stillframe.store.paths import Payload
-from stillframe.vmm.driver import Machine
+from stillframe.vmm.driver import Machine, MachineStatus
 
 _FORKS = (Operation.FORK, Operation.WARM_FORK, Operation.FORK_INSTANCE)
 
@@ -125,10 +125,56 @@ async def let_run(
         _greet(context, running, live, phases, operation), name=f"identify {running.id}"
     )
     with phases.measure("resume"):
-        await finish(machine.resume())
+        await finish(_resume(machine))
     context.spawn(_after_greeting(context, running.id, live, operation), name="after greeting")
     context.telemetry.observe(operation, phases.total())
     return _remember(context, running, phases, resumed=True)
+
+
+async def _resume(machine: Machine) -> None:
+    """Let the guest run. A lost answer does not matter if the VMM says that it does."""
+    try:
+        await machine.resume()
+    except VmmFailure:
+        if await _status(machine) is not MachineStatus.RUNNING:
+            raise
+
+
+async def _status(machine: Machine) -> MachineStatus:
+    try:
+        return await machine.status()
+    except StillframeError:
+        return MachineStatus.UNKNOWN
+
+
+async def take_back(context: Context, before: Instance, reason: str) -> None:
+    """After a failed ``run_loaded`` of an instance: its record is true again.
+
+    Until the record was committed there is nothing to do. A guest that certainly has not run stays
+    what it was ``before``, so that it can be tried again; of any other, the disk may differ from
+    what its captured memory believes: it is Stopped, for that ``reason``. Raises VmmFailure when
+    the VMM cannot be ended.
+    """
+    live = context.live.get(before.id)
+    if live is None:
+        return
+    status = await _status(live.machine)
+    if status is MachineStatus.RUNNING:  # only the caller was cancelled
+        return
+    if status is MachineStatus.PAUSED:
+        context.witness(before, note=f"it could not run: {reason}")
+        await end(context, before.id)
+    else:
+        await end(context, before.id)
+        running = context.instance(before.id)
+        reason = f"its VMM was lost when it was to run: {reason}"
+        stopped = context.moved(
+            running, InstanceState.STOPPED, process=None, stopped_at=context.now(),
+            state_error=reason,
+        )  # fmt: skip
+        context.witness(stopped, note=reason)
+    clear_remains(context.data.instance(before.id))
+    context.expanded.sweep()
 
 
 async def _greet(

@@ -10,14 +10,16 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-import os
 import re
 import secrets
 import time
 import uuid
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from stillframe.engine.context import Context, LiveInstance
+from stillframe.engine.context import Context, LiveInstance, finish
+from stillframe.engine.logs import last_bytes
 from stillframe.engine.space import LACKS_SPACE, look_after, until_it_goes_on
 from stillframe.guest.connection import AgentConnection, silent
 from stillframe.guest.identity import identify
@@ -26,6 +28,7 @@ from stillframe.images.boot import BootPair, write_config_disk
 from stillframe.model.errors import (
     DamagedData,
     GuestFailure,
+    NotFound,
     NotSupported,
     StillframeError,
     VmmFailure,
@@ -36,6 +39,7 @@ from stillframe.store.paths import InstancePaths
 from stillframe.vmm.driver import (
     DEVICE_LAYOUT,
     Disk,
+    Driver,
     DriverProbe,
     Machine,
     MachineResources,
@@ -43,6 +47,7 @@ from stillframe.vmm.driver import (
 )
 
 log = logging.getLogger("stillframe.machines")
+_DIAL_AGAIN = 1.0  # seconds until a guest that has not come up is tried again
 _NO_KERNEL = BootPair(digest="", kernel=Path("/dev/null"), initrd=Path("/dev/null"), arguments="")
 _EXIT_LINE = re.compile(
     rb'STILLFRAME-EXIT nonce=(\w+) code=(-?\d+)(?: message="([^"\n]*)")?', re.MULTILINE
@@ -93,15 +98,21 @@ async def resources_of(
     )
 
 
-def write_config(context: Context, instance: Instance, image: Image) -> None:
-    """Write the boot configuration disk: what to run, as whom, where. Raises StorageFull."""
+def command_of(instance: Instance, image: Image) -> tuple[str, ...]:
+    """What an instance runs: its own entrypoint and cmd, and the image's where it has none.
+
+    As in OCI runtimes, an entrypoint of its own discards the image's cmd. Empty is none.
+    """
     config = image.config
-    entrypoint = config.entrypoint if instance.entrypoint is None else instance.entrypoint
-    # As in OCI runtimes: a new entrypoint discards the image's cmd.
-    default_cmd = config.cmd if instance.entrypoint is None else ()
-    command = entrypoint + (default_cmd if instance.cmd is None else instance.cmd)
+    entrypoint = instance.entrypoint or config.entrypoint
+    return entrypoint + (instance.cmd or (() if instance.entrypoint else config.cmd))
+
+
+def boot_pairs(instance: Instance, image: Image) -> list[tuple[str, str]]:
+    """The boot configuration: what to run, as whom, where."""
+    config = image.config
     environment = {**config.env, **instance.env}
-    pairs = [("arg", part) for part in command]
+    pairs = [("arg", part) for part in command_of(instance, image)]
     pairs += [("env", f"{key}={value}") for key, value in environment.items()]
     pairs += [
         ("cwd", config.working_dir or "/"),
@@ -114,10 +125,15 @@ def write_config(context: Context, instance: Instance, image: Image) -> None:
         ("seed", secrets.token_hex(64)),
     ]
     pairs += _NETWORK if instance.network_enabled else ()
+    return pairs
+
+
+def write_config(context: Context, instance: Instance, image: Image) -> None:
+    """Write the boot configuration disk. Raises StorageFull, InvalidRequest (too large)."""
     path = context.data.instance(instance.id).config
     with storage_errors("write the boot configuration"):
         path.unlink(missing_ok=True)
-        write_config_disk(path, pairs)
+        write_config_disk(path, boot_pairs(instance, image))
 
 
 async def boot(context: Context, instance: Instance, image: Image) -> Machine:
@@ -127,13 +143,26 @@ async def boot(context: Context, instance: Instance, image: Image) -> Machine:
     """
     paths = context.data.instance(instance.id)
     driver, _ = await context.available_driver(instance.hypervisor, instance.limits)
-    await asyncio.to_thread(write_config, context, instance, image)
+    await end(context, instance.id)  # one that could not be ended when it was to be
+    await finish(asyncio.to_thread(write_config, context, instance, image))
     with storage_errors("make the memory image"):
         paths.memory.unlink(missing_ok=True)
         paths.memory_table.unlink(missing_ok=True)  # it is of another image
         create_sparse(paths.memory, instance.memory_bytes)
     async with context.starting():
-        return await driver.start(spec_of(instance), await resources_of(context, instance))
+        return await _start(driver, instance, await resources_of(context, instance))
+
+
+async def _start(driver: Driver, instance: Instance, resources: MachineResources) -> Machine:
+    """Start a VMM; when cancelled meanwhile, end it before that is passed on."""
+    starting = asyncio.ensure_future(driver.start(spec_of(instance), resources))
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await asyncio.wait([starting])
+        if not starting.cancelled() and starting.exception() is None:
+            await starting.result().kill()
+        raise
 
 
 def foreign_to(instance: Instance, probe: DriverProbe) -> list[str]:
@@ -167,16 +196,17 @@ async def load(context: Context, instance: Instance, devices: Path) -> Machine:
             reasons[0],
             hint="fork a Stopped snapshot, or use the same hypervisor as at the capture",
         )
+    await end(context, instance.id)  # one that could not be ended when it was to be
     async with context.starting():
         resources = await resources_of(context, instance, devices)
         try:
-            return await driver.start(spec_of(instance), resources)
+            return await _start(driver, instance, resources)
         except VmmFailure as error:
             # Seen once in some hundred starts side by side: it ends before its first word.
             if not error.facts.get("silent"):
                 raise
             log.warning("%s: %s; starting it once more", instance.id, error)
-        return await driver.start(spec_of(instance), resources)
+        return await _start(driver, instance, resources)
 
 
 def attach(context: Context, instance: Instance, machine: Machine) -> LiveInstance:
@@ -253,15 +283,26 @@ async def _identify_once(context: Context, instance: Instance, live: LiveInstanc
         )
 
 
+@contextlib.contextmanager
+def ending(live: LiveInstance) -> Iterator[None]:
+    """Mark a VMM as one that is being ended on purpose, unless that fails."""
+    before, live.ending = live.ending, True
+    try:
+        yield
+    except BaseException:
+        live.ending = before
+        raise
+
+
 async def end(context: Context, instance_id: str) -> None:
     """Kill the live VMM of an instance, if any, and forget it. Raises VmmFailure."""
     live = context.live.get(instance_id)
     if live is None:
         return
-    live.ending = True
-    if live.connection is not None:
-        await live.connection.close()
-    await live.machine.kill()
+    with ending(live):
+        if live.connection is not None:
+            await live.connection.close()
+        await live.machine.kill()
     if context.live.get(instance_id) is live:
         del context.live[instance_id]
 
@@ -272,36 +313,78 @@ def announce_ready(context: Context, instance: Instance, live: LiveInstance) -> 
 
 
 async def _await_ready(context: Context, instance_id: str, live: LiveInstance) -> None:
+    gone = asyncio.ensure_future(live.machine.wait_exit())
+    try:
+        while not gone.done() and (instance := _booting(context, instance_id, live)) is not None:
+            try:
+                await _workload_begun(context, live)
+                reason = None
+            except StillframeError as error:
+                reason = f"the guest has not come up yet: {error.message}"
+            instance = _booting(context, instance_id, live)
+            if instance is not None and reason is None and not live.ending:
+                running = context.moved(instance, InstanceState.RUNNING)
+                context.witness(running, note="state is Running")
+                return
+            silent_for_space = live.machine.lacks_space.is_set()  # which is said already
+            if instance and not silent_for_space and reason not in (None, instance.state_error):
+                context.witness(replace(instance, state_error=reason), note=str(reason))
+            await asyncio.wait([gone], timeout=_DIAL_AGAIN)
+    finally:
+        gone.cancel()
+        await asyncio.wait([gone])
+
+
+def _booting(context: Context, instance_id: str, live: LiveInstance) -> Instance | None:
+    """The record of an instance that this VMM still boots."""
+    instance = context.records.instances.get(instance_id)
+    if instance is None or instance.state is not InstanceState.INITIALIZING:
+        return None
+    return instance if context.live.get(instance_id) is live else None
+
+
+async def _workload_begun(context: Context, live: LiveInstance) -> None:
+    """Return when the agent says, on a connection that holds, that its workload has begun.
+
+    Raises GuestFailure, VmmFailure.
+    """
     connection = await dial(live, context.settings.boot_timeout)
     while connection.alive and connection.hello.workload == "starting":
         await live.news.wait()
         live.news.clear()
-    instance = context.records.instances.get(instance_id)
-    current = context.live.get(instance_id) is live and not live.ending
-    if instance is not None and current and instance.state is InstanceState.INITIALIZING:
-        context.witness(context.moved(instance, InstanceState.RUNNING), note="state is Running")
+    if not connection.alive:
+        raise connection.failure()
 
 
 async def _watch(context: Context, instance_id: str, live: LiveInstance) -> None:
-    """Record the end of a VMM that nobody asked to end; boot it again after a guest reboot."""
+    """Record the end of a VMM that nobody asked to end; boot it again after a guest reboot.
+
+    A verb that ends it holds the instance meanwhile, and has it forgotten when it succeeds.
+    """
     about_space = context.spawn(look_after(context, instance_id, live), name="look after space")
     try:
         await live.machine.wait_exit()
     finally:
         about_space.cancel()
-    if live.ending or context.closing:
+    if context.closing or context.live.get(instance_id) is not live:
         return
-    async with context.exclusive(instance_id, "VMM exit") as instance:
-        if context.live.get(instance_id) is not live or live.ending:
-            return
-        del context.live[instance_id]
-        if live.connection is not None:
-            await live.connection.close()
-        await live.machine.close()
-        if live.machine.shutdown_reason == "guest-reset":
-            await _reboot(context, instance)
-        else:
-            commit_exit(context, instance)
+    with contextlib.suppress(NotFound):  # deleted meanwhile
+        async with context.exclusive(instance_id, "VMM exit") as instance:
+            if context.live.get(instance_id) is live:
+                await _ended(context, instance, live)
+
+
+async def _ended(context: Context, instance: Instance, live: LiveInstance) -> None:
+    del context.live[instance.id]
+    if live.connection is not None:
+        await live.connection.close()
+    await live.machine.close()
+    if not instance.state.has_vmm:  # one that could not be ended in time
+        clear_remains(context.data.instance(instance.id))
+    elif live.machine.shutdown_reason == "guest-reset":
+        await _reboot(context, instance)
+    else:
+        commit_exit(context, instance)
 
 
 def commit_exit(context: Context, instance: Instance) -> Instance:
@@ -371,14 +454,7 @@ async def boot_and_commit(
 
 def exit_of(context: Context, instance: Instance) -> tuple[int | None, str | None]:
     """Exit code and message of the workload, from the console line that bears the boot's nonce."""
-    path = context.data.instance(instance.id).log("app")
-    try:
-        with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 65536))
-            tail = file.read()
-    except OSError:
-        return None, None
+    tail = last_bytes(context.data.instance(instance.id).log("app"), 65536)
     for nonce, code, message in reversed(_EXIT_LINE.findall(tail)):
         if nonce.decode() == instance.boot_nonce:
             return int(code), message.decode(errors="replace") or None

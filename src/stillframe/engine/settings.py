@@ -24,6 +24,8 @@ class EngineSettings:
     ``max_snapshots`` and ``max_snapshot_bytes`` (on disk) are quotas, 0 for none;
     ``min_free_bytes`` is the space of the data directory's file system that no snapshot may take;
     ``max_archive_bytes`` bounds the files of a snapshot that is imported, holes included.
+    ``max_log_bytes`` is the size a log may have when it is looked at, every ``log_check_seconds``;
+    then it is cut, and as much of it is kept.
     ``default_compression`` is for snapshots and standby images whose request and instance say
     nothing (None: they stay raw); ``max_concurrent_compressions`` bounds how many are at work.
     """
@@ -53,6 +55,8 @@ class EngineSettings:
     max_snapshot_bytes: int = 0
     min_free_bytes: int = 256 * MIB
     max_archive_bytes: int = 256 * GIB
+    max_log_bytes: int = 50 * MIB
+    log_check_seconds: float = 300.0
     boot_timeout: float = 120.0
     agent_timeout: float = 30.0
 

@@ -176,9 +176,12 @@ def data_extents(fd: int, size: int, start: int = 0) -> Iterator[tuple[int, int]
         yield begin, position
 
 
-def open_regular(path: Path | str, *, dir_fd: int | None = None) -> int:
-    """Open a regular file for reading; never a link, a device or a pipe. Raises OSError."""
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+def open_regular(path: Path | str, *, flags: int = os.O_RDONLY, dir_fd: int | None = None) -> int:
+    """Open a regular file, to read unless ``flags`` say else; never a link, a device or a pipe.
+
+    Raises OSError.
+    """
+    flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     fd = os.open(path, flags, dir_fd=dir_fd)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)

@@ -151,15 +151,9 @@ def write_config_disk(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
     """Write the guest's third disk (docs/agent-protocol.md), always 1 MiB, replacing the file.
 
     Not fsynced: it is written anew for each boot. Mode 0600, since it carries environment and
-    seed. Raises InvalidRequest when the pairs do not fit or contain NUL.
+    seed. Raises what ``boot_configuration`` raises, StorageFull, HostFailure.
     """
-    parts = [part.encode("utf-8", "surrogateescape") for pair in pairs for part in pair]
-    if any(b"\0" in part for part in parts):
-        raise InvalidRequest("environment and command cannot contain NUL")
-    body = b"".join(part + b"\0" for part in parts)
-    if len(body) + len(CONFIG_MAGIC) + 4 > CONFIG_DISK_BYTES:
-        raise InvalidRequest("environment and command are too large for the guest", size=len(body))
-    data = CONFIG_MAGIC + struct.pack("<I", len(body)) + body
+    data = boot_configuration(pairs)
     beside = path.with_name(path.name + ".new")
     with ExitStack() as undo:
         undo.callback(beside.unlink, missing_ok=True)
@@ -173,6 +167,20 @@ def write_config_disk(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StorageFull("no space for the config disk", path=str(path)) from error
             raise HostFailure(f"cannot write the config disk: {error}") from error
+
+
+def boot_configuration(pairs: Iterable[tuple[str, str]]) -> bytes:
+    """What the configuration disk holds before its zeros.
+
+    Raises InvalidRequest when the pairs do not fit or contain NUL.
+    """
+    parts = [part.encode("utf-8", "surrogateescape") for pair in pairs for part in pair]
+    if any(b"\0" in part for part in parts):
+        raise InvalidRequest("environment and command cannot contain NUL")
+    body = b"".join(part + b"\0" for part in parts)
+    if len(body) + len(CONFIG_MAGIC) + 4 > CONFIG_DISK_BYTES:
+        raise InvalidRequest("environment and command are too large for the guest", size=len(body))
+    return CONFIG_MAGIC + struct.pack("<I", len(body)) + body
 
 
 def _publish(root: Path, digest: str, files: dict[str, bytes]) -> None:

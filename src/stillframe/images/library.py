@@ -176,7 +176,8 @@ class ImageLibrary:
     ) -> Image:
         """A ready image, pulled if need be; joins a pull that is under way.
 
-        Raises InvalidRequest, NotFound, and what pulling and building raise.
+        Raises InvalidRequest, NotFound, Conflict (deleted meanwhile), and what pulling and building
+        raise.
         """
         check_platform(platform)
         if _DIGEST.fullmatch(reference):
@@ -186,11 +187,16 @@ class ImageLibrary:
         known = self._records.get(name)
         if known is not None and known.status is ImageStatus.READY:
             return known
-        pull = self._pulls.get(name)
+        pull = self._under_way(name)
         if pull is None:
             self.begin_pull(reference, platform, credentials, tags)
             pull = self._pulls[name]
-        return await asyncio.shield(pull.task)  # others may wait for it: do not cancel it
+        return await _outcome(name, pull.task)
+
+    def _under_way(self, name: str) -> _Pull | None:
+        """The work on an image of that name, unless it was called off and is being undone."""
+        pull = self._pulls.get(name)
+        return None if pull is None or pull.task.cancelling() else pull
 
     def begin_pull(
         self,
@@ -202,13 +208,15 @@ class ImageLibrary:
         """Start to pull (or make the built-in image) in the background; returns at once.
 
         A ready image stays usable while its tag is looked up again. Raises InvalidRequest,
-        NotFound (platform), Conflict (under way with other credentials), RateLimited.
+        NotFound (platform), Conflict (under way with other credentials, or an import), RateLimited.
         """
         wanted, parsed = check_platform(platform), parse_reference(reference)
         name, secret = str(parsed), dict(credentials or {})
         image = self._records.get(name)
-        running = self._pulls.get(name)
-        if running is not None and image is not None:
+        running = self._under_way(name)
+        if running is not None:
+            if image is None:
+                raise Conflict(f"image {name} is being imported")
             if running.credentials != secret:
                 raise Conflict(f"image {name} is being pulled with other credentials")
             return image
@@ -226,7 +234,8 @@ class ImageLibrary:
     ) -> Image:
         """An image from a root file system tar, an OCI layout (directory or tar).
 
-        Raises InvalidRequest (``invalid_name``, ``invalid_layer``), Conflict, HostFailure.
+        Raises InvalidRequest (``invalid_name``, ``invalid_layer``), Conflict (also when it is
+        deleted meanwhile), HostFailure.
         """
         reference = parse_reference(name)
         normal = str(reference)
@@ -234,7 +243,7 @@ class ImageLibrary:
             raise Conflict(f"image {normal} is built in or being made", code="already_exists")
         image = Image(normal, "", ImageStatus.CONVERTING, datetime.now(UTC), tags=dict(tags or {}))
         self._start(normal, {}, lambda: self._take(image, source))
-        return await asyncio.shield(self._pulls[normal].task)
+        return await _outcome(normal, self._pulls[normal].task)
 
     def tag(self, reference: str, target: str) -> Image:
         """Give a ready image another name as well; a name that another image has moves over.
@@ -270,7 +279,8 @@ class ImageLibrary:
         task.add_done_callback(lambda done: self._ended(name, done))
 
     def _ended(self, name: str, task: asyncio.Task[Image]) -> None:
-        self._pulls.pop(name, None)
+        if (pull := self._pulls.get(name)) is not None and pull.task is task:
+            del self._pulls[name]  # unless it was deleted, and is being pulled anew
         if not task.cancelled():
             task.exception()  # seen: it is in the record, and raised to whoever waits
 
@@ -354,8 +364,8 @@ class ImageLibrary:
 
     def _fail(self, image: Image, reason: str) -> None:
         known = self._records.get(image.name)
-        if known is None:  # deleted meanwhile
-            return
+        if known is None or known.created_at != image.created_at:
+            return  # deleted meanwhile, and perhaps made anew
         if known.status in _BUSY or not self._disk_exists(known.digest):
             failed = replace(known, status=ImageStatus.FAILED, error=reason)
             self._records.put(failed, can_wait=True)  # it has happened, also on a full disk
@@ -530,6 +540,20 @@ def _publish(staging: Path, home: Path) -> None:
         remove_tree(home)
         staging.rename(home)
     fsync_directory(home.parent)
+
+
+async def _outcome(name: str, task: asyncio.Task[Image]) -> Image:
+    """What a pull comes to, for one of perhaps many who wait: it goes on when one is cancelled.
+
+    Raises Conflict when the pull was called off, and what it raises.
+    """
+    await asyncio.wait([task])
+    if task.cancelled():
+        raise Conflict(
+            f"image {name} is not made any more: it was deleted, or the server stops",
+            hint="pull it again",
+        )
+    return task.result()
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

@@ -23,7 +23,14 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from stillframe.model.errors import DamagedData, HostFailure, NameConflict, NotFound, StorageFull
+from stillframe.model.errors import (
+    Conflict,
+    DamagedData,
+    HostFailure,
+    NameConflict,
+    NotFound,
+    StorageFull,
+)
 from stillframe.model.lineage import Forebear, bury
 from stillframe.model.schedules import Schedule
 from stillframe.model.values import Image, Instance, Snapshot
@@ -72,6 +79,13 @@ class Intent:
     subject: str
     verb: str
     facts: Mapping[str, str]
+
+
+def _insertion(intent: Intent) -> Statement:
+    return (
+        "INSERT INTO intents (subject, verb, document) VALUES (?, ?, ?)",
+        (intent.subject, intent.verb, json.dumps(dict(intent.facts))),
+    )
 
 
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {
@@ -215,25 +229,40 @@ class Records:
         return self.instances.get(identifier) if identifier else None
 
     def put_instance(
-        self, instance: Instance, *, fulfils: str | None = None, can_wait: bool = False
+        self,
+        instance: Instance,
+        *,
+        fulfils: str | None = None,
+        intent: Intent | None = None,
+        can_wait: bool = False,
     ) -> None:
         """Write an instance durably, removing the intent of subject ``fulfils`` with it.
 
-        With ``can_wait`` it is written later if it cannot be now. Raises NameConflict when another
-        instance has the name.
+        ``intent`` is one that begins with it. With ``can_wait`` it is written later if it cannot be
+        now. Raises NameConflict when another instance has the name, Conflict when there is no
+        intent to fulfil: it was called off.
         """
-        put = (_PUT_INSTANCE, (instance.id, instance.name, to_json(instance)))
+        if fulfils is not None and fulfils not in self.intents:
+            raise Conflict("it was deleted while it was being made", id=fulfils)
+        statements: list[Statement] = [
+            (_PUT_INSTANCE, (instance.id, instance.name, to_json(instance)))
+        ]
+        if fulfils is not None:
+            statements.append(("DELETE FROM intents WHERE subject = ?", (fulfils,)))
+        if intent is not None:
+            statements.append(_insertion(intent))
         if can_wait:
-            self._now_or_later(put)
+            self._now_or_later(*statements)
         else:
             with self.transaction() as sql:
-                sql.execute(*put)
-                if fulfils is not None:
-                    sql.execute("DELETE FROM intents WHERE subject = ?", (fulfils,))
+                for statement in statements:
+                    sql.execute(*statement)
         self.instances[instance.id] = instance
         self._names[instance.name] = instance.id
         if fulfils is not None:
             self.intents.pop(fulfils, None)
+        if intent is not None:
+            self.intents[intent.subject] = intent
 
     def reserve_instance(self, instance: Instance, intent: Intent) -> None:
         """Take the instance's name and record the intent to make it, in one transaction."""
@@ -451,11 +480,7 @@ class Records:
 
     @staticmethod
     def _insert_intent(sql: sqlite3.Connection, intent: Intent) -> None:
-        facts: dict[str, Any] = dict(intent.facts)
-        sql.execute(
-            "INSERT INTO intents (subject, verb, document) VALUES (?, ?, ?)",
-            (intent.subject, intent.verb, json.dumps(facts)),
-        )
+        sql.execute(*_insertion(intent))
 
     def close(self) -> None:
         """Close the database."""

@@ -48,7 +48,9 @@ def log_end(log: Path, start: int = 0) -> bytes:
     """
     try:
         with open(open_regular(log), "rb") as file:  # noqa: PTH123 - a descriptor
-            file.seek(max(start, os.fstat(file.fileno()).st_size - _TAIL))
+            size = os.fstat(file.fileno()).st_size
+            start = start if start <= size else 0  # it has been emptied meanwhile
+            file.seek(max(start, size - _TAIL))
             return file.read()
     except OSError:
         return b""

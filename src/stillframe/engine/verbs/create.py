@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from stillframe.engine.context import Context, Phases
+from stillframe.engine.context import Context, Phases, finish
 from stillframe.engine.interface import CreateRequest
 from stillframe.engine.keeping.expiry import deadline
-from stillframe.engine.machines import boot_and_commit, clear_remains
+from stillframe.engine.machines import boot_and_commit, clear_remains, command_of
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import available_bytes, remove_tree, storage_errors
 from stillframe.images.disk import make_overlay_disk
@@ -23,45 +23,54 @@ from stillframe.model.errors import (
     StillframeError,
 )
 from stillframe.model.states import InstanceState, Permission, Verb, permission
-from stillframe.model.units import MIB, check_encodable, check_name, check_tags, format_size
+from stillframe.model.units import KIB, MIB, check_encodable, check_name, check_tags, format_size
 from stillframe.model.values import Hypervisor, Image, Instance
 from stillframe.store.records import Intent
 
 _HUGE_PAGE = 2 * MIB
 _MIN_MEMORY = 64 * MIB
 _MIN_OVERLAY = 16 * MIB
+# It goes with every command that is run in the guest, in one frame of 64 KiB with the command.
+_MAX_ENVIRONMENT = 48 * KIB
 
 
 async def create(context: Context, request: CreateRequest) -> Instance:
     """Boot a new instance; it is Initializing on return.
 
-    Raises InvalidRequest, NotFound (image), InsufficientResources, NotSupported, MissingComponent,
-    StorageFull, VmmFailure; then nothing of it is left.
+    It is there, and can be deleted, while its image is still being pulled. Raises InvalidRequest,
+    NotFound (image), InsufficientResources, NotSupported, MissingComponent, StorageFull,
+    VmmFailure, Conflict (deleted meanwhile); then nothing of it is left.
     """
     wanted = _checked(context, request)
     await context.available_driver(context.offered(wanted.hypervisor), wanted.limits)
-    image = await context.images.ensure(request.image, platform=request.platform)
-    expires_at = deadline(context, request.expires_at, request.lifetime)  # not before the pull
-    instance = replace(
-        wanted, image_digest=image.digest, platform=image.platform, expires_at=expires_at
-    )
-    _check_command(instance, image)
-    if context.records.instance_by_name(request.name) is not None:  # taken while we pulled
-        raise _name_taken(request.name)
-    phases = Phases()
-    with contextlib.ExitStack() as undo:
-        try:
-            context.records.reserve_instance(instance, Intent(instance.id, "create", {}))
-        except NameConflict as error:
-            raise _name_taken(request.name) from error
-        undo.callback(context.forget, instance.id)
-        with phases.measure("disk"):
-            await asyncio.to_thread(_make_disks, context, instance, undo)
-        with phases.measure("start"):
-            instance = await boot_and_commit(context, instance, fulfils=instance.id, note="created")
-        undo.pop_all()
-    context.telemetry.observe(Operation.CREATE, phases.total())
+    async with context.making(wanted.id):
+        with contextlib.ExitStack() as undo:
+            try:
+                context.records.reserve_instance(wanted, Intent(wanted.id, "create", {}))
+            except NameConflict as error:
+                raise _name_taken(request.name) from error
+            undo.callback(context.forget, wanted.id)
+            image = await context.images.ensure(request.image, platform=request.platform)
+            expires_at = deadline(context, request.expires_at, request.lifetime)  # after the pull
+            instance = replace(
+                wanted, image_digest=image.digest, platform=image.platform, expires_at=expires_at
+            )
+            # From now on the image is in use. It need not be written: a crash ends the creation.
+            context.records.instances[instance.id] = instance
+            _check_command(instance, image)
+            instance = await _make(context, instance, undo)
+            undo.pop_all()
     return instance
+
+
+async def _make(context: Context, instance: Instance, undo: contextlib.ExitStack) -> Instance:
+    phases = Phases()
+    with phases.measure("disk"):
+        await finish(asyncio.to_thread(_make_disks, context, instance, undo))
+    with phases.measure("start"):
+        booting = await boot_and_commit(context, instance, fulfils=instance.id, note="created")
+    context.telemetry.observe(Operation.CREATE, phases.total())
+    return booting
 
 
 def _checked(context: Context, request: CreateRequest) -> Instance:
@@ -103,8 +112,8 @@ def _checked(context: Context, request: CreateRequest) -> Instance:
         vcpus=vcpus,
         env=dict(request.env or {}),
         tags=check_tags(request.tags),
-        entrypoint=None if request.entrypoint is None else tuple(request.entrypoint),
-        cmd=None if request.cmd is None else tuple(request.cmd),
+        entrypoint=tuple(request.entrypoint or ()) or None,
+        cmd=tuple(request.cmd or ()) or None,
         network_enabled=request.network_enabled,
         snapshot_policy=request.snapshot_policy,
         limits=request.limits,
@@ -127,11 +136,19 @@ def _check_range(what: str, value: int, low: int, high: int, code: str) -> None:
 
 
 def check_environment(env: Mapping[str, str] | None) -> None:
-    """Raises InvalidRequest for a variable that no process could be given."""
+    """Raises InvalidRequest for variables that no process in a guest could be given."""
+    size = 0
     for key, value in (env or {}).items():
         check_encodable(key + value, what="an environment variable")
         if not key or "=" in key or "\0" in key + value:
             raise InvalidRequest(f"invalid environment variable {key[:40]!r}")
+        size += len(f"env {key}={value} ".encode(errors="replace"))
+    if size > _MAX_ENVIRONMENT:
+        raise InvalidRequest(
+            f"the environment has {size} bytes, at most {_MAX_ENVIRONMENT} are possible",
+            size=size,
+            limit=_MAX_ENVIRONMENT,
+        )
 
 
 def check_command_text(entrypoint: Sequence[str] | None, cmd: Sequence[str] | None) -> None:
@@ -143,8 +160,7 @@ def check_command_text(entrypoint: Sequence[str] | None, cmd: Sequence[str] | No
 
 
 def _check_command(instance: Instance, image: Image) -> None:
-    parts = instance.entrypoint or instance.cmd or image.config.entrypoint or image.config.cmd
-    if not parts and instance.hypervisor is not Hypervisor.FAKE:
+    if not command_of(instance, image) and instance.hypervisor is not Hypervisor.FAKE:
         raise InvalidRequest(
             f"image {instance.image} names no command to run", hint="give cmd or entrypoint"
         )
@@ -191,12 +207,13 @@ async def start(
 ) -> Instance:
     """Boot a Stopped instance on its disks; overrides of entrypoint and cmd persist.
 
-    Raises NotFound, InvalidState, and what booting raises (then it is Stopped as before).
+    Empty ones override nothing. Raises NotFound, InvalidState, InvalidRequest, and what booting
+    raises (then it is Stopped as before).
     """
-    overrides = entrypoint is not None or cmd is not None
+    check_command_text(entrypoint, cmd)
     async with context.exclusive(instance_id, "start") as instance:
         if permission(Verb.START, instance.state) is Permission.NOTHING:
-            if overrides:
+            if entrypoint or cmd:
                 raise InvalidState(
                     f"cannot change the command: instance is {instance.state.value}",
                     hint="stop the instance first",
@@ -204,9 +221,10 @@ async def start(
             return instance
         wanted = replace(
             instance,
-            entrypoint=instance.entrypoint if entrypoint is None else tuple(entrypoint),
-            cmd=instance.cmd if cmd is None else tuple(cmd),
+            entrypoint=tuple(entrypoint or ()) or instance.entrypoint,
+            cmd=tuple(cmd or ()) or instance.cmd,
         )
+        _check_command(wanted, context.images.by_digest(wanted.image_digest))
         try:
             return await boot_and_commit(context, wanted, note="started")
         except StillframeError:

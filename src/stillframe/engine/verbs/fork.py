@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from stillframe.engine.capture import capture
-from stillframe.engine.context import Context, Phases
+from stillframe.engine.context import Context, Phases, finish
 from stillframe.engine.interface import ForkOutcome, ForkRequest
 from stillframe.engine.keeping.quota import check_free, copied_bytes, expected_bytes
 from stillframe.engine.keeping.verify import refuse_damaged
 from stillframe.engine.loaded import run_loaded
-from stillframe.engine.machines import boot_and_commit, end
+from stillframe.engine.machines import boot_and_commit, boot_pairs, end
 from stillframe.engine.telemetry import Operation
 from stillframe.engine.verbs.create import check_environment, make_directory
-from stillframe.engine.verbs.standby import enter_standby
+from stillframe.engine.verbs.standby import standby
+from stillframe.engine.verbs.stop import delete
 from stillframe.engine.wait import reached
 from stillframe.host.files import (
     begin_clone,
@@ -34,8 +35,14 @@ from stillframe.host.files import (
     remove_tree,
     storage_errors,
 )
-from stillframe.images.boot import write_config_disk
-from stillframe.model.errors import Conflict, InvalidRequest, NameConflict, StillframeError
+from stillframe.images.boot import boot_configuration, write_config_disk
+from stillframe.model.errors import (
+    Conflict,
+    InvalidRequest,
+    NameConflict,
+    NotFound,
+    StillframeError,
+)
 from stillframe.model.states import InstanceState, Verb, permission
 from stillframe.model.units import check_name, check_tags
 from stillframe.model.values import Hypervisor, Instance, Snapshot, SnapshotKind
@@ -158,10 +165,11 @@ async def _fork_one(
 ) -> Instance:
     phases = Phases()
     check_name(request.name)
-    check_environment(request.env)
     tags = None if request.tags is None else check_tags(request.tags)
     target = target_of(snapshot.kind, request.target_state)
     hypervisor = await target_hypervisor_of(context, snapshot, request.target_hypervisor)
+    if request.env:
+        _check_child(context, snapshot.template, request)
     if context.records.instance_by_name(request.name) is not None:
         raise name_taken(request.name)
     if target is InstanceState.RUNNING and (warm := context.warm.take(snapshot.id)) is not None:
@@ -174,6 +182,14 @@ async def _fork_one(
         await asyncio.shield(checked)  # it is the siblings' too
     child = child_of(context, source, request, tags)
     return await _fork(context, source, child, target, phases)
+
+
+def _check_child(context: Context, template: Instance, request: ForkRequest) -> None:
+    """Raises InvalidRequest when a fork could not boot, or run commands, with its environment."""
+    environment = {**template.env, **(request.env or {})}
+    check_environment(environment)
+    child = replace(template, name=request.name, env=environment)
+    boot_configuration(boot_pairs(child, context.images.by_digest(template.image_digest)))
 
 
 async def fork_instance(
@@ -237,7 +253,7 @@ async def _fork(
     context: Context, source: Source, child: Instance, target: InstanceState, phases: Phases
 ) -> Instance:
     """Make the fork and bring it to ``target``; undo all of it on failure."""
-    async with contextlib.AsyncExitStack() as undo:
+    async with context.making(child.id), contextlib.AsyncExitStack() as undo:
         try:
             context.records.reserve_instance(child, Intent(child.id, "fork", {}))
         except NameConflict as error:
@@ -248,7 +264,20 @@ async def _fork(
         undo.push_async_callback(end, context, child.id)
         child = await _bring_to(context, child, source, target, phases, disk=disk)
         undo.pop_all()
+    if target is InstanceState.STANDBY and child.state is InstanceState.INITIALIZING:
+        return await _put_to_sleep(context, child)
     return child
+
+
+async def _put_to_sleep(context: Context, child: Instance) -> Instance:
+    """Standby of a fork that has to boot for it; it is deleted if that fails."""
+    try:
+        await reached(context, child.id, InstanceState.RUNNING, context.settings.boot_timeout)
+        return await standby(context, child.id)
+    except BaseException:
+        with contextlib.suppress(NotFound):
+            await finish(delete(context, child.id, graceful=False))
+        raise
 
 
 def child_of(
@@ -294,7 +323,7 @@ async def make_disks(
     """
     if copied := copied_bytes(context, source.overlay):
         check_free(context, copied)
-    whole = await asyncio.to_thread(_begin_disks, context, child, source, undo)
+    whole = await finish(asyncio.to_thread(_begin_disks, context, child, source, undo))
     disk = asyncio.ensure_future(asyncio.to_thread(_finish_disk, context, child, source, whole))
     undo.push_async_callback(asyncio.wait, [disk])
     return disk
@@ -342,15 +371,11 @@ async def _bring_to(
         )  # fmt: skip
     await asyncio.shield(disk)
     if source.memory is not None and target is InstanceState.STANDBY:
-        await asyncio.to_thread(_link_standby, context, child, source.memory)
+        await finish(asyncio.to_thread(_link_standby, context, child, source.memory))
         return _commit_resting(context, child, InstanceState.STANDBY)
     if target is InstanceState.STOPPED:
         return _commit_resting(context, child, InstanceState.STOPPED)
-    booting = await boot_and_commit(context, child, fulfils=child.id, note="forked")
-    if target is InstanceState.RUNNING:
-        return booting
-    running = await reached(context, child.id, InstanceState.RUNNING, context.settings.boot_timeout)
-    return await enter_standby(context, running)
+    return await boot_and_commit(context, child, fulfils=child.id, note="forked")
 
 
 def _link_standby(context: Context, child: Instance, memory: Payload) -> None:

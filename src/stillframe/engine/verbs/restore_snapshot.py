@@ -12,7 +12,7 @@ import logging
 import os
 from dataclasses import replace
 
-from stillframe.engine.context import Context, Phases
+from stillframe.engine.context import Context, Phases, finish
 from stillframe.engine.keeping.quota import check_free, copied_bytes
 from stillframe.engine.keeping.verify import refuse_damaged
 from stillframe.engine.loaded import run_loaded
@@ -115,22 +115,27 @@ async def _swap(
     data, phases = context.data, Phases()
     current, staged = data.instance(instance.id), data.instance_staged(instance.id)
 
-    def take_back() -> None:
+    intent = Intent(instance.id, "restore snapshot", {})
+
+    async def take_back() -> None:
         """If this fails the intent stays, and the next server does it."""
+        if instance.id not in context.records.intents:  # the restored record is there already
+            context.witness(instance, intent=intent, note="restoring a snapshot is undone")
+        await end(context, instance.id)
         put_back(current, staged)
         context.records.fulfil(instance.id)
 
+    await end(context, instance.id)  # a VMM that could not be ended when it was to be
     with storage_errors("begin the restore"):
         current.restored.unlink(missing_ok=True)  # an earlier restore's, or it would mislead
     async with contextlib.AsyncExitStack() as undo:
-        context.records.intend(Intent(instance.id, "restore snapshot", {}))
-        undo.callback(take_back)
+        context.records.intend(intent)
+        undo.push_async_callback(take_back)
         with phases.measure("disk"), storage_errors("stage the snapshot"):
-            await asyncio.to_thread(_stage, current, staged, payload, target)
+            await finish(asyncio.to_thread(_stage, current, staged, payload, target))
         with storage_errors("put the restored state in place"):
             exchange(staged.directory, current.directory)
             fsync_directory(data.instances)
-        undo.push_async_callback(end, context, instance.id)
         result = await _run(context, restored, payload, target, phases)
         undo.pop_all()
     try:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from stillframe.engine.capture import capture, manifest_facts
-from stillframe.engine.context import Context, Phases
+from stillframe.engine.context import Context, Phases, finish
 from stillframe.engine.keeping.compression import begun, chosen
 from stillframe.engine.keeping.quota import EXPECTED, check_room, expected_bytes, expected_stored
 from stillframe.engine.keeping.stored import measure_heirs, measured, nearest_living
@@ -135,7 +135,8 @@ async def _fill(
         # It may be compressed, but not as this one is to be: begin from the raw image.
         with phases.measure("copy"), storage_errors("copy the instance"):
             await context.expanded.link(context.data.instance(instance.id).standby, payload.memory)
-    return await asyncio.to_thread(_copy_resting, context, instance, payload, phases), None
+    copying = asyncio.to_thread(_copy_resting, context, instance, payload, phases)
+    return await finish(copying), None  # cancelled, it must not write beside what undoes it
 
 
 def _copy_resting(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from dataclasses import replace
 from datetime import timedelta
 
@@ -11,14 +12,17 @@ from stillframe.engine.capture import capture
 from stillframe.engine.context import Context, Phases, finish
 from stillframe.engine.keeping.compression import chosen, delay_of
 from stillframe.engine.keeping.quota import check_free, expected_bytes
-from stillframe.engine.loaded import run_loaded
+from stillframe.engine.loaded import run_loaded, take_back
 from stillframe.engine.machines import clear_remains, end
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import remove_tree, storage_errors
 from stillframe.model.errors import InvalidState
 from stillframe.model.states import InstanceState, Permission, Verb, permission
 from stillframe.model.values import CompressionConfig, Instance
+from stillframe.store.paths import InstancePaths
 from stillframe.store.payloads import check, publish
+
+log = logging.getLogger("stillframe.standby")
 
 
 async def standby(
@@ -60,6 +64,7 @@ async def enter_standby(
         undo.callback(remove_tree, paths.standby_new.directory)
         undo.callback(remove_tree, paths.standby.directory)
         with storage_errors("make room for the standby image"):
+            remove_tree(paths.standby.directory)  # one that could not be removed after a restore
             paths.standby_new.directory.mkdir(mode=0o700)
         await capture(context, instance, live, paths.standby_new, phases, stay_paused=True)
         undo.push_async_callback(live.machine.resume)
@@ -86,7 +91,8 @@ async def enter_standby(
 async def restore(context: Context, instance_id: str) -> Instance:
     """Bring an instance in Standby back to Running. It stays in Standby if that fails.
 
-    Raises NotFound, InvalidState, DamagedData, NotSupported, VmmFailure, GuestFailure.
+    Only if its VMM is lost just when the guest is let run is it Stopped. Raises NotFound,
+    InvalidState, DamagedData, NotSupported, VmmFailure, GuestFailure.
     """
     async with context.exclusive(instance_id, "restore") as instance:
         if permission(Verb.RESTORE, instance.state) is Permission.NOTHING:
@@ -95,13 +101,27 @@ async def restore(context: Context, instance_id: str) -> Instance:
         phases = Phases()
         await context.compressor.cancel(instance_id)
         with contextlib.ExitStack() as undo:
-            undo.callback(context.compressor.want_standby, instance)
+            undo.callback(lambda: context.compressor.want_standby(context.instance(instance_id)))
             with phases.measure("check"):
                 await asyncio.to_thread(check, paths.standby)
-            restored = await run_loaded(
-                context, instance, paths.standby, phases,
-                operation=Operation.RESTORE, note="restored",
-            )  # fmt: skip
+            try:
+                restored = await run_loaded(
+                    context, instance, paths.standby, phases,
+                    operation=Operation.RESTORE, note="restored",
+                )  # fmt: skip
+            except BaseException as error:
+                await finish(take_back(context, instance, str(error) or "it was cancelled"))
+                raise
+            finally:
+                if context.instance(instance_id).state is not InstanceState.STANDBY:
+                    await finish(asyncio.to_thread(_give_up_image, paths))
             undo.pop_all()
-        await asyncio.to_thread(remove_tree, paths.standby.directory)
         return restored
+
+
+def _give_up_image(paths: InstancePaths) -> None:
+    """Remove a standby image that the record no longer stands for."""
+    try:
+        remove_tree(paths.standby.directory)
+    except OSError as error:  # it runs all the same; the next standby or start removes it
+        log.warning("the standby image in %s cannot be removed: %s", paths.directory, error)

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from stillframe.engine.context import Context, LiveInstance
-from stillframe.engine.machines import clear_remains, dial, end, exit_of
+from stillframe.engine.context import Context, LiveInstance, finish
+from stillframe.engine.machines import clear_remains, dial, end, ending, exit_of
 from stillframe.guest.identity import shutdown
 from stillframe.host.files import remove_tree, storage_errors
 from stillframe.model.errors import HostFailure, StillframeError
@@ -45,14 +45,14 @@ async def shut_down(context: Context, instance: Instance, grace: float) -> None:
     live = context.live.get(instance.id)
     if live is None:
         return
-    live.ending = True
     running = instance.state is InstanceState.RUNNING
-    if running or instance.state is InstanceState.INITIALIZING:
-        grace = grace if running else _POWER_BUTTON_GRACE
-        with contextlib.suppress(StillframeError, TimeoutError):
-            async with asyncio.timeout(grace + 1):
-                await _ask_to_end(live, grace, agent=running)
-    await end(context, instance.id)
+    with ending(live):
+        if running or instance.state is InstanceState.INITIALIZING:
+            grace = grace if running else _POWER_BUTTON_GRACE
+            with contextlib.suppress(StillframeError, TimeoutError):
+                async with asyncio.timeout(grace + 1):
+                    await _ask_to_end(live, grace, agent=running)
+        await end(context, instance.id)
 
 
 async def _ask_to_end(live: LiveInstance, grace: float, *, agent: bool) -> None:
@@ -88,10 +88,14 @@ async def delete(
 ) -> None:
     """End the instance and remove all of it; snapshots stay.
 
-    ``only_if`` is asked when nobody else is at work on the instance: without it nothing is done.
+    One that is still being made is called off, which leaves nothing of it either. ``only_if`` is
+    asked when nobody else is at work on the instance: without it nothing is done.
     Raises NotFound; VmmFailure when its process cannot be ended (then nothing was removed);
     HostFailure when its files cannot (then it is Stopped; the next try or start removes it).
     """
+    known = context.records.instances.get(instance_id)
+    if known is not None and only_if(known) and await context.call_off(instance_id):
+        return
     async with context.exclusive(instance_id, "delete") as instance:
         if not only_if(instance):
             return
@@ -104,7 +108,7 @@ async def delete(
                 await shut_down(context, instance, _DELETE_GRACE)
             await end(context, instance_id)
             undo.pop_all()
-        await _remove(context, instance)
+        await finish(_remove(context, instance))
 
 
 async def _remove(context: Context, instance: Instance) -> None:

@@ -179,7 +179,7 @@ class WarmForks:
     ) -> Instance:
         """Give a taken fork its name and let it run. On failure it is ended, nothing is left.
 
-        Raises NameConflict, VmmFailure.
+        Raises NameConflict, VmmFailure, Conflict (deleted meanwhile).
         """
         child, now = warm.child, self._context.now()
         child = replace(
@@ -190,7 +190,8 @@ class WarmForks:
             created_at=now,
             phase_since=now,
         )
-        async with contextlib.AsyncExitStack() as undo:
+        making = self._context.making(child.id)
+        async with making, contextlib.AsyncExitStack() as undo:
             undo.callback(self._context.forget, child.id)
             undo.callback(remove_tree, self._context.data.instance(child.id).directory)
             undo.push_async_callback(end, self._context, child.id)
