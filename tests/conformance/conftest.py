@@ -18,10 +18,7 @@ import pytest
 
 from stillframe.guest.connection import AgentConnection
 from stillframe.guest.exec import start_exec
-from stillframe.host.capture import MemoryCapture
 from stillframe.host.files import clone, create_sparse
-from stillframe.host.image import open_private
-from stillframe.host.memory import GuestMemory
 from stillframe.host.orphans import kill_orphans, processes_naming
 from stillframe.images.base import find_busybox
 from stillframe.images.boot import BootPair, build_boot_pair, write_config_disk
@@ -36,6 +33,7 @@ from stillframe.vmm.driver import (
 )
 from stillframe.vmm.drivers import make_drivers
 from stillframe.vmm.fake.driver import FakeDriver
+from support.saving import save
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL = Path(os.environ.get("STILLFRAME_KERNEL_DIR", ROOT / ".cache/kernel"))
@@ -134,19 +132,10 @@ class Bench:
         """Image, devices and overlay of a paused VM, as files of their own."""
         home = self.directory / f"captured-{uuid.uuid4().hex[:6]}"
         home.mkdir()
-        pid, image = machine.process.pid, resources.memory_image
-        clone(image, home / "memory")
-        await machine.save_devices(
-            home / "devices", home / "memory" if machine.writes_memory else None
+        await save(
+            machine, resources.memory_image, memory=home / "memory", devices=home / "devices"
         )
         clone(resources.disks[1].path, home / "overlay")
-        if not machine.writes_memory:
-            with GuestMemory(pid, image) as memory, open_private(home / "memory") as fd:
-                assert memory.private_pages().total > 0
-                taken = MemoryCapture(memory, fd, incremental=False, buffer_limit=MEMORY)
-                taken.ahead()
-                taken.still()
-                taken.after()
         root, _, config = resources.disks
         return replace(
             resources,

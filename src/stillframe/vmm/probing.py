@@ -9,7 +9,16 @@ from stillframe.model.errors import StillframeError
 from stillframe.model.values import Hypervisor
 from stillframe.vmm.driver import DriverProbe
 
-FEATURES = ("fork", "pause", "snapshots", "standby")  # what every driver here offers
+_EVERYWHERE = ("fork", "pause", "snapshots", "standby")  # what every driver here offers
+
+
+def features(*more: str) -> tuple[str, ...]:
+    """A driver's features: what all of them have, and ``more`` that this one has on this host.
+
+    The words are the contract's runtime feature ids, of which ``vsock`` and ``disk-io-limit`` are
+    not everybody's.
+    """
+    return tuple(sorted((*_EVERYWHERE, *more)))
 
 
 class ProbeOnce:

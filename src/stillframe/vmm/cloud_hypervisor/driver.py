@@ -43,7 +43,7 @@ from stillframe.vmm.driver import DriverProbe, MachineResources, MachineSpec, ch
 from stillframe.vmm.kvm import kvm_reason
 from stillframe.vmm.logs import explained
 from stillframe.vmm.names import give_names, remove_names
-from stillframe.vmm.probing import FEATURES, ProbeOnce
+from stillframe.vmm.probing import ProbeOnce, features
 from stillframe.vmm.versions import Version, refuse_known_bad
 from stillframe.vmm.vsock import AGENT_ARGUMENT
 
@@ -74,7 +74,7 @@ class CloudHypervisorDriver:
 
     async def _look(self) -> DriverProbe:
         version = ".".join(map(str, await self._examine()))
-        return DriverProbe(self.hypervisor, True, version, "kvm", processor(), FEATURES)
+        return DriverProbe(self.hypervisor, True, version, "kvm", processor(), features("vsock"))
 
     async def _examine(self) -> Version:
         binary = shutil.which(self._binary)

@@ -26,9 +26,11 @@ from stillframe.vmm.driver import (
     MachineSpec,
     MachineStatus,
     NoDiskCopies,
+    ReadFromOutside,
 )
 from stillframe.vmm.logs import explained
-from stillframe.vmm.probing import FEATURES
+from stillframe.vmm.moments import MemoryDifference, Moment
+from stillframe.vmm.probing import features
 from stillframe.vmm.tracking import tracking_environment
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[3]
@@ -36,14 +38,13 @@ _DEADLINE = 30.0  # seconds for an answer; a busy host may take a while to start
 _VERSION = "1"
 
 
-class FakeMachine(NoDiskCopies):
+class FakeMachine(ReadFromOutside, NoDiskCopies):
     """One fake VMM process. Implements ``Machine``."""
 
     def __init__(self, process: Process, directory: Path) -> None:
         """Use ``open`` before anything else."""
         self.process: ProcessIdentity = process.identity
         self.shutdown_reason: str | None = None
-        self.writes_memory = False
         self._process = process
         self._directory = directory
         self._writer: asyncio.StreamWriter | None = None
@@ -110,9 +111,12 @@ class FakeMachine(NoDiskCopies):
         """Let the guest run (on)."""
         await self._ask("resume")
 
-    async def save_devices(self, destination: Path, memory: Path | None = None) -> None:
+    async def save_devices(
+        self, destination: Path, memory: Path | None = None, since: Moment | None = None
+    ) -> MemoryDifference | None:
         """Write the spec as device state, of a paused guest, to a new file."""
         await self._ask("save", path=str(destination))
+        return None
 
     async def dial_agent(self) -> AgentStream:
         """Connect to the agent's socket."""
@@ -158,6 +162,7 @@ class FakeDriver:
     """The fake hypervisor. Implements ``Driver``."""
 
     hypervisor = Hypervisor.FAKE
+    machine: type[FakeMachine] = FakeMachine
 
     def __init__(self, tracker: Path | None = None) -> None:
         """``tracker`` is the library that has writes to guest memory tracked, if there is one."""
@@ -165,7 +170,7 @@ class FakeDriver:
 
     async def probe(self) -> DriverProbe:
         """It works wherever this interpreter does."""
-        return DriverProbe(self.hypervisor, True, _VERSION, "none", features=FEATURES)
+        return DriverProbe(self.hypervisor, True, _VERSION, "none", features=features())
 
     async def start(self, spec: MachineSpec, resources: MachineResources) -> FakeMachine:
         """Spawn a process; with device state it stands still. Nothing is left on failure.
@@ -175,7 +180,7 @@ class FakeDriver:
         async with contextlib.AsyncExitStack() as undo:
             undo.callback(_remove_sockets, resources.directory)
             process = await asyncio.to_thread(_spawn, spec, resources, self._tracker)
-            machine = FakeMachine(process, resources.directory)
+            machine = self.machine(process, resources.directory)
             undo.push_async_callback(machine.kill)
             try:
                 await machine.open()
@@ -186,7 +191,7 @@ class FakeDriver:
 
     async def adopt(self, process: ProcessIdentity, resources: MachineResources) -> FakeMachine:
         """Take over a process that an earlier server started. Raises VmmFailure."""
-        machine = FakeMachine(adopt(process), resources.directory)
+        machine = self.machine(adopt(process), resources.directory)
         try:
             await machine.open()
         except BaseException:

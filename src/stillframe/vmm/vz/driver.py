@@ -37,7 +37,8 @@ from stillframe.vmm.driver import (
     check_shape,
 )
 from stillframe.vmm.logs import explained, log_end, log_size
-from stillframe.vmm.probing import FEATURES, ProbeOnce
+from stillframe.vmm.moments import Moment
+from stillframe.vmm.probing import ProbeOnce, features
 from stillframe.vmm.vsock import AGENT_ARGUMENT, AGENT_VSOCK_PORT, dial_vsock
 from stillframe.vmm.vz.probe import (
     PlatformFacts,
@@ -88,6 +89,9 @@ class VzMachine(NoDiskCopies):
         self.process: ProcessIdentity = process.identity
         self.shutdown_reason: str | None = None
         self.writes_memory = True
+        # All memory is in every state file; its image stays as empty as it was made.
+        self.moment: Moment | None = Moment(resources.memory_image)
+        self.saving_hangs_up = False
         self._process = process
         self._directory = resources.directory
         self._console, self._log = resources.console_log, resources.vmm_log
@@ -129,7 +133,9 @@ class VzMachine(NoDiskCopies):
         """Let the vCPUs run."""
         await self.ask("resume")
 
-    async def save_devices(self, destination: Path, memory: Path | None = None) -> None:
+    async def save_devices(
+        self, destination: Path, memory: Path | None = None, since: Moment | None = None
+    ) -> None:
         """Write the framework's state file, which holds the memory too, and its trailer.
 
         ``memory`` is left as it is: empty. Raises VmmFailure, StorageFull, HostFailure.
@@ -203,7 +209,9 @@ class VzDriver:
     async def _look(self) -> DriverProbe:
         check_facts(self._facts)
         await ask_framework(self._facts.interpreter)
-        return DriverProbe(self.hypervisor, True, self._facts.release, "vz", features=FEATURES)
+        return DriverProbe(
+            self.hypervisor, True, self._facts.release, "vz", features=features("vsock")
+        )
 
     async def start(self, spec: MachineSpec, resources: MachineResources) -> VzMachine:
         """Spawn a shim; boot, or restore and stand still. Nothing is left on failure.
