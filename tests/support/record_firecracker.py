@@ -55,9 +55,7 @@ async def record(binary: str, home: Path) -> dict[str, list[Exchange]]:
     with recording() as heard["capture"]:
         await machine.status()
         await machine.pause()
-        await save(
-            machine, cold.memory_image, memory=home / "captured", devices=home / "devices"
-        )
+        await save(machine, cold.memory_image, memory=home / "captured", devices=home / "devices")
         await machine.resume()
     with recording() as heard["pause"]:
         await machine.pause()

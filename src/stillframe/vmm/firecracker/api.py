@@ -17,7 +17,7 @@ from stillframe.vmm.vsock import GUEST_CID
 Version = tuple[int, int, int]
 
 VSOCK_OVERRIDE: Version = (1, 16, 0)
-CLOCK_REALTIME: Version = (1, 16, 0)
+CLOCK_REALTIME: Version = (1, 14, 4)  # in 1.15 from 1.15.1 on; 1.15.0 is refused
 TRACK_DIRTY_PAGES: Version = (1, 13, 0)  # before: enable_diff_snapshots
 # From here on the vsock device takes nothing from the host after a resume until its guest has
 # acknowledged a reset of the transport (devices/virtio/vsock/device.rs, ``kick``).
