@@ -261,6 +261,32 @@ async def test_firecracker_writes_what_its_log_is_relative_to(
             await adopted.kill()
 
 
+async def test_firecracker_gives_each_load_a_generation_identifier_of_its_own(
+    driver: Driver, tiny: Path, tmp_path: Path
+) -> None:
+    if driver.hypervisor is not Hypervisor.FIRECRACKER:
+        pytest.skip("it has no VMGenID")
+    source = resources_of(tmp_path / "source", tiny)
+    async with running(driver, source) as machine:
+        await counted(source, more_than=2)
+        await machine.pause()
+        captured = await capture(machine, source, tmp_path / "captured")
+    loaded = []
+    for name in ("one", "two"):
+        fork = fork_of(captured, tmp_path / name)
+        async with running(driver, fork) as machine:  # it stands still
+            taken = await capture(machine, fork, tmp_path / f"captured-{name}")
+        loaded.append(taken.memory_image.read_bytes())
+    before = captured.memory_image.read_bytes()
+    for one, other in ((before, loaded[0]), (before, loaded[1]), (loaded[0], loaded[1])):
+        low = 1 << 20  # what ACPI tables describe is below the guest's own memory
+        assert one[low:] == other[low:]
+        differ = [at for at in range(low) if one[at] != other[at]]
+        assert differ
+    # Between the two nothing but that: the identifier has 16 bytes.
+    assert differ[-1] - differ[0] < 16
+
+
 async def test_a_vmm_outlives_us_and_is_adopted(driver: Driver, tiny: Path, tmp_path: Path) -> None:
     source = resources_of(tmp_path / "source", tiny)
     async with running(driver, source) as machine:
