@@ -139,6 +139,14 @@ def test_older_firecrackers_are_not_asked_for_what_they_lack() -> None:
         assert body(version)["resume_vm"] is False
 
 
+def test_disks_that_a_pause_does_not_wait_for_are_synchronous() -> None:
+    disks = [("disk0.link", True), ("disk1.link", False)]
+    config = cloud.configuration(SPEC, arguments="", disks=disks, initrd=False, synchronous=True)
+    plain = cloud.configuration(SPEC, arguments="", disks=disks, initrd=False)
+    for disk, other in zip(config["disks"], plain["disks"], strict=True):
+        assert disk == {**other, "disable_io_uring": True, "disable_aio": True}
+
+
 def test_a_restore_of_cloud_hypervisor_never_maps_memory_shared_nor_on_demand() -> None:
     assert set(cloud.restore("d").body or {}) == {"source_url", "prefault"}
     for config in CONFIGURATIONS:
