@@ -168,6 +168,27 @@ async def test_a_live_fork_has_the_image_that_the_next_difference_belongs_to(sce
     assert (await scene.word(fork), await scene.word(other)) == ("first", "elsewhere")
 
 
+async def test_a_table_that_was_replaced_meanwhile_is_not_built_upon(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image below is a fork's own, and the fork goes to standby and back during the capture."""
+    source = await running(scene.engine)
+    await scene.write(source, "first")
+    fork = await scene.engine.fork(source.id, name="fork", from_running=True)
+    pause = scene.machine_of(source).pause
+
+    async def pausing() -> None:
+        for key in ("one", "two", "three"):  # where the source has nothing
+            await ask(scene.engine, fork.id, "set", key, key * 10_000)
+        await scene.engine.standby(fork.id)
+        await scene.engine.restore(fork.id)
+        await pause()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scene.machine_of(source), "pause", pausing)
+        assert (await scene.snapshot(source))[1] == "difference"
+
+
 async def test_all_is_written_once_by_a_new_server(tmp_path: Path) -> None:
     driver = NotingDriver(TRACKER)
     async with open_engine(tmp_path, make_engine(tmp_path, driver)) as engine:

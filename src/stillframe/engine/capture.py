@@ -135,6 +135,7 @@ class _Capture:
         self.moment: Moment | None = None
         self._copying = False
         self._table_below: Path | None = None
+        self._known: str | None = None  # the digest of that table, if it might change
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run blocking ``work`` in the capture's thread."""
@@ -177,8 +178,10 @@ class _Capture:
         if image is not None:
             with contextlib.suppress(FileNotFoundError):
                 clone(image, memory)
+                table = image.with_name(f"{image.name}.blake3")
+                known = _digest_of(table)
                 if moment is not None and moment.image == image:  # still: nothing took its place
-                    self._below, self._table_below = moment, image.with_name(f"{image.name}.blake3")
+                    self._below, self._table_below, self._known = moment, table, known
                     return
                 memory.unlink()
         create_sparse(memory, self._paths.memory.stat().st_size)
@@ -283,10 +286,12 @@ class _Capture:
         memory = self._payload.memory
         table = self._payload.table(memory.name)
         with FileReader(memory) as image:
-            below = self._table_below
-            if below is None or not below.exists() or (runs := self._changed()) is None:
+            below, runs, known = self._table_below, self._changed(), None
+            if below is not None and runs is not None:
+                known = _digest_of(below)
+            # A table that was another one when its image was cloned is of another image by now.
+            if below is None or runs is None or known is None or self._known not in (None, known):
                 return {memory.name: write_table(image, table)}
-            known = blake3(below.read_bytes()).hexdigest()
             changed = ((start, end - start) for some in runs for start, end in some)
             return {memory.name: update_table(image, table, below, known, changed)}
 
@@ -304,6 +309,13 @@ class _Capture:
         if self._copying:
             with contextlib.suppress(VmmFailure):  # a VMM that is gone holds nothing open
                 await self._machine.end_disk_copy(OVERLAY)
+
+
+def _digest_of(table: Path) -> str | None:
+    """The BLAKE3 of a digest table in hex; None if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        return blake3(table.read_bytes()).hexdigest()
+    return None
 
 
 def manifest_facts(instance: Instance) -> dict[str, Any]:
