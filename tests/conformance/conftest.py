@@ -33,6 +33,7 @@ from stillframe.vmm.driver import (
 )
 from stillframe.vmm.drivers import make_drivers
 from stillframe.vmm.fake.driver import FakeDriver
+from support.noting import NotingDriver
 from support.saving import save
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +41,7 @@ KERNEL = Path(os.environ.get("STILLFRAME_KERNEL_DIR", ROOT / ".cache/kernel"))
 AGENT = ROOT / "agent/build/stillframe-init"
 TRACKER = ROOT / "tracker/build/libstillframe-tracker.so"
 TOOLS = ("mksquashfs", "mkfs.ext4")
-MEMORY = 256 << 20
+MEMORY, FAKE_MEMORY = 256 << 20, 64 << 20
 BOOT_DEADLINE = 120.0
 # A counter kept by a shell's loop, the same question asked of both.
 _COUNTING = "i=0; while :; do i=$((i+1)); echo $i > /dev/shm/n; sleep 0.02; done"
@@ -65,13 +66,16 @@ class Bench:
         pair: BootPair,
         root: Path,
         shared: Path | None = None,
+        *,
+        name: str = "",
     ) -> None:
         """``shared`` outlives the bench: what ``captured_guest`` makes is kept there."""
         self.driver = driver
         self._shared = shared
-        self.name = driver.hypervisor.value
+        self.name = name or driver.hypervisor.value
         self.real = driver.hypervisor is not Hypervisor.FAKE  # has a guest kernel
         self.directory = directory
+        self._memory = MEMORY if self.real else FAKE_MEMORY
         self._pair, self._root = pair, root
 
     @property
@@ -84,13 +88,13 @@ class Bench:
         """The VM's shape, with the accelerator that works here."""
         probe = await self.driver.probe()
         assert probe.available, probe.reason
-        return MachineSpec(MEMORY, vcpus, probe.accelerator, network=False)
+        return MachineSpec(self._memory, vcpus, probe.accelerator, network=False)
 
     def resources(self, name: str) -> MachineResources:
         """Fresh files of a cold VM."""
         home = self.directory / name
         home.mkdir()
-        create_sparse(home / "memory", MEMORY)
+        create_sparse(home / "memory", self._memory)
         create_sparse(home / "overlay", 64 << 20)
         if self.real:
             subprocess.run(["mkfs.ext4", "-q", home / "overlay"], check=True, timeout=60)
@@ -154,7 +158,7 @@ class Bench:
         """
         assert self._shared is not None
         if self.name not in _CAPTURED:
-            maker = Bench(self.driver, self._shared, self._pair, self._root)
+            maker = Bench(self.driver, self._shared, self._pair, self._root, name=self.name)
             async with maker.booted(self.name) as (machine, resources):
                 async with maker.agent(machine) as connection:
                     await maker.keep(connection, "before")
@@ -278,18 +282,27 @@ def real_drivers() -> dict[str, Driver]:
     return {driver.hypervisor.value: driver for driver in made}
 
 
+FAKES: dict[str, type[FakeDriver]] = {
+    "fake": FakeDriver,
+    # One that writes memory itself: without KVM no real VMM here does.
+    "fake-writing": NotingDriver,
+}
 # All of the contract, so that one without a driver is a column that says so.
-NAMES = ("fake", *(name.value for name in CONTRACT_HYPERVISORS))
+NAMES = (*FAKES, *(name.value for name in CONTRACT_HYPERVISORS))
 
 
 @pytest.fixture(
-    params=[NAMES[0], *(pytest.param(name, marks=pytest.mark.vm) for name in NAMES[1:])]
+    params=[
+        *FAKES,
+        *(pytest.param(name, marks=pytest.mark.vm) for name in NAMES if name not in FAKES),
+    ]
 )
 def bench(request: pytest.FixtureRequest, tmp_path: Path, captured_guests: Path) -> Iterator[Bench]:
     """Each driver in turn; no process is left, however the test ended."""
-    if request.param == "fake":
+    if request.param in FAKES:
         null, root = Path("/dev/null"), tmp_path / "root"
-        pair, driver = BootPair("", null, null, ""), cast(Driver, FakeDriver(tracker=TRACKER))
+        pair = BootPair("", null, null, "")
+        driver = cast(Driver, FAKES[request.param](tracker=TRACKER))
         root.touch()
     else:
         found = real_drivers().get(request.param)
@@ -300,7 +313,7 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path, captured_guests: Path)
         if not probe.available:
             pytest.skip(probe.reason or "not available")
         pair, root = request.getfixturevalue("guest_files")
-    yield Bench(driver, tmp_path, pair, root, captured_guests)
+    yield Bench(driver, tmp_path, pair, root, captured_guests, name=request.param)
     left = kill_orphans(tmp_path, ()) + kill_orphans(captured_guests, ())
     assert left == [], f"processes left behind: {left}"
 

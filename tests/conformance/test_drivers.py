@@ -122,6 +122,7 @@ async def two_captures_of_a_vmm_that_hangs_up(
     assert len(differ) <= 2, "more than an event and its place in the ring of used ones"
     await machine.resume()
     assert await machine.status() is MachineStatus.RUNNING
+    await connection.close()
     async with bench.agent(machine) as again:
         await counts_on(bench, again, await bench.counter(again))
 

@@ -16,8 +16,8 @@ from stillframe.host.files import write_fully
 from stillframe.host.memory import PAGE, GuestMemory, make_buffer
 from stillframe.host.process import Process
 from stillframe.host.runs import Runs
-from stillframe.model.errors import StorageFull, VmmFailure
-from stillframe.model.values import Hypervisor, ProcessIdentity
+from stillframe.model.errors import StorageFull
+from stillframe.model.values import ProcessIdentity
 from stillframe.vmm.driver import MachineResources, MachineSpec
 from stillframe.vmm.fake.driver import FakeDriver, FakeMachine
 from stillframe.vmm.moments import MemoryDifference, Moment
@@ -30,13 +30,17 @@ class NotingMachine(FakeMachine):
     saving_hangs_up = True
 
     def __init__(self, process: Process, directory: Path) -> None:
+        """Use ``begin`` before anything else."""
         super().__init__(process, directory)
-        self._image = directory / "memory"
-        self.moment: Moment | None = Moment(self._image)
-        self._noted = self._image.read_bytes()
+        self._image, self._noted = directory, b""
         self.saves: list[str] = []  # how memory was written, each time
         self.said = ""  # the digest of memory at the last save
         self.fails_after_forgetting = False
+
+    def begin(self, image: Path, *, adopted: bool = False) -> None:
+        """It was started with this image; who adopts it does not know what it has noted since."""
+        self._image, self._noted = image, image.read_bytes()
+        self.moment = None if adopted else Moment(image)
 
     async def save_devices(
         self, destination: Path, memory: Path | None = None, since: Moment | None = None
@@ -82,27 +86,22 @@ class NotingMachine(FakeMachine):
 
 
 class NotingDriver(FakeDriver):
-    """Starts ``NotingMachine``; ``machines`` are those of this server, the last one last."""
+    """Starts ``NotingMachine``."""
 
-    hypervisor = Hypervisor.FAKE
     machine = NotingMachine
-
-    def __init__(self, tracker: Path | None = None) -> None:
-        super().__init__(tracker)
-        self.machines: list[NotingMachine] = []
 
     async def start(self, spec: MachineSpec, resources: MachineResources) -> FakeMachine:
         """As the fake one does."""
-        return self._mine(await super().start(spec, resources))
+        return self._mine(await super().start(spec, resources), resources)
 
     async def adopt(self, process: ProcessIdentity, resources: MachineResources) -> FakeMachine:
-        """Take over a process; since when it has noted writes, nobody knows."""
-        machine = self._mine(await super().adopt(process, resources))
-        machine.moment = None
-        return machine
+        """Take over a process."""
+        return self._mine(await super().adopt(process, resources), resources, adopted=True)
 
-    def _mine(self, machine: FakeMachine) -> NotingMachine:
-        if not isinstance(machine, NotingMachine):
-            raise VmmFailure("not one of these")
-        self.machines.append(machine)
+    @staticmethod
+    def _mine(
+        machine: FakeMachine, resources: MachineResources, *, adopted: bool = False
+    ) -> NotingMachine:
+        assert isinstance(machine, NotingMachine)
+        machine.begin(resources.memory_image, adopted=adopted)
         return machine

@@ -32,8 +32,8 @@ LIVE = SnapshotKind.STANDBY
 class Scene:
     """An engine on a VMM that writes memory itself, and what is asked of both."""
 
-    def __init__(self, engine: Engine, driver: NotingDriver, data: Path) -> None:
-        self.engine, self.driver, self.data = engine, driver, data
+    def __init__(self, engine: Engine, data: Path) -> None:
+        self.engine, self.data = engine, data
 
     def machine_of(self, instance: Instance) -> NotingMachine:
         machine = self.engine.context.live[instance.id].machine
@@ -70,9 +70,8 @@ def no_vm_is_left(tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
-    driver = NotingDriver(TRACKER)
-    async with open_engine(tmp_path, make_engine(tmp_path, driver)) as engine:
-        yield Scene(engine, driver, tmp_path)
+    async with open_engine(tmp_path, make_engine(tmp_path, NotingDriver(TRACKER))) as engine:
+        yield Scene(engine, tmp_path)
 
 
 async def test_each_snapshot_of_a_family_is_a_difference_from_the_one_below(scene: Scene) -> None:
@@ -190,14 +189,13 @@ async def test_a_table_that_was_replaced_meanwhile_is_not_built_upon(
 
 
 async def test_all_is_written_once_by_a_new_server(tmp_path: Path) -> None:
-    driver = NotingDriver(TRACKER)
-    async with open_engine(tmp_path, make_engine(tmp_path, driver)) as engine:
+    async with open_engine(tmp_path, make_engine(tmp_path, NotingDriver(TRACKER))) as engine:
         source = await running(engine)
-        await Scene(engine, driver, tmp_path).snapshot(source)
+        await Scene(engine, tmp_path).snapshot(source)
         await engine.close()
-        driver = NotingDriver(TRACKER)
-        async with open_engine(tmp_path, make_engine(tmp_path, driver)) as successor:
-            scene = Scene(successor, driver, tmp_path)
+        again = make_engine(tmp_path, NotingDriver(TRACKER))
+        async with open_engine(tmp_path, again) as successor:
+            scene = Scene(successor, tmp_path)
             await scene.write(source, "after")
             taken, how = await scene.snapshot(source)
             assert how == "all"
