@@ -33,8 +33,8 @@ def recording() -> Iterator[list[Exchange]]:
     patch = pytest.MonkeyPatch()
     plain = UnixHttp._exchange
 
-    async def exchange(self: UnixHttp, call: Call, what: str) -> tuple[int, bytes]:
-        status, answer = await plain(self, call, what)
+    async def exchange(http: UnixHttp, call: Call, what: str) -> tuple[int, bytes]:
+        status, answer = await plain(http, call, what)
         heard.append(
             {
                 "request": {"method": call.method, "path": call.path, "body": call.body},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stillframe.host.capture import MemoryCapture
+from stillframe.host.capture import BufferBudget, MemoryCapture
 from stillframe.host.files import clone, create_sparse
 from stillframe.host.image import drop_zeros, merge_pages, open_private
 from stillframe.host.memory import GuestMemory
@@ -22,7 +22,7 @@ async def save(machine: Machine, mapped: Path, *, memory: Path, devices: Path) -
         await machine.save_devices(devices)
         with GuestMemory(machine.process.pid, mapped) as guest, open_private(memory) as fd:
             assert guest.private_pages().total > 0
-            taken = MemoryCapture(guest, fd, incremental=False, buffer_limit=1 << 28)
+            taken = MemoryCapture(guest, fd, incremental=False, budget=BufferBudget(1 << 28))
             taken.ahead()
             taken.still()
             taken.after()

@@ -14,18 +14,19 @@ from typing import Any
 import pytest
 
 from stillframe.host.memory import PAGE
+from stillframe.host.orphans import kill_orphans
 from stillframe.host.process import spawn
 from stillframe.host.programs import find_program
 from stillframe.host.sockets import connect_socket
-from stillframe.model.errors import HostFailure, NotSupported, StorageFull, VmmFailure
+from stillframe.model.errors import HostFailure, MissingComponent, StorageFull, VmmFailure
 from stillframe.vmm.driver import DeviceLimits, MachineResources, MachineStatus
 from stillframe.vmm.firecracker import api, driver, machine
-from stillframe.vmm.firecracker.isolation import Scratch, SharedDirectory
+from stillframe.vmm.firecracker.isolation import Scratch, SharedDirectory, confined
 from stillframe.vmm.firecracker.machine import FirecrackerMachine, end_of_guest
 from stillframe.vmm.firecracker.probe import kvm_refusal
 from stillframe.vmm.moments import Moment
 from support.conversations import Exchange, Player, recorded
-from support.record_firecracker import SPEC, files
+from support.record_firecracker import NETWORKED, SPEC, files
 
 RECORDED = "firecracker-1.16.1"
 VERSIONS: list[api.Version] = [(1, 12, 1), (1, 16, 1)]
@@ -263,7 +264,7 @@ async def test_it_is_started_once_more_where_the_state_has_no_clock(
 ) -> None:
     asked: list[bool] = []
 
-    async def started(*_: object, clock: bool) -> str:
+    async def started(*_: object, uplink: str | None, clock: bool) -> str:
         asked.append(clock)
         if clock:
             raise VmmFailure(f"refused: {api.NO_CLOCK_IN_STATE}")
@@ -282,7 +283,7 @@ async def test_it_is_started_once_more_where_the_state_has_no_clock(
 async def test_other_failures_of_a_load_are_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def started(*_: object, clock: bool) -> str:
+    async def started(*_: object, uplink: str | None, clock: bool) -> str:
         asked.append(clock)
         raise VmmFailure("refused: the state is damaged")
 
@@ -429,21 +430,66 @@ async def test_the_agent_is_dialled_when_the_guest_says_that_it_listens(tmp_path
             writer.close()
 
 
-async def test_it_has_no_network_without_a_tap(tmp_path: Path) -> None:
+async def test_a_network_that_this_host_cannot_give_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = driver.FirecrackerDriver("true", accelerator="kvm")
     await made.probe()
     made._version = (1, 16, 1)
     cold = resources(tmp_path)
-    with pytest.raises(NotSupported, match="tap device"):
-        await made.start(replace(SPEC, network=True), cold)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingComponent, match="cannot have a network") as refused:
+        await made.start(NETWORKED, cold)
+    assert "network off" in str(refused.value.hint)
     assert not (tmp_path / "jail").exists()
-    with_tap = replace(cold, tap="tap7", limits=DeviceLimits(download=1000, upload=2000))
-    calls = {call.path: call.body for call in driver._boot_calls(SPEC, with_tap)}
-    assert calls["/network-interfaces/eth0"] == {
-        "iface_id": "eth0", "host_dev_name": "tap7",
+
+
+async def test_a_network_that_cannot_be_made_is_told_by_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = driver.FirecrackerDriver("true", accelerator="kvm")
+    await made.probe()
+    made._version = (1, 16, 1)
+    monkeypatch.setattr(driver, "find_uplink", lambda: str(tmp_path / "no-slirp4netns"))
+    with pytest.raises(MissingComponent, match="cannot have a network: ") as refused:
+        await made.start(NETWORKED, resources(tmp_path))
+    assert "user namespaces" in str(refused.value.hint)
+    assert kill_orphans(tmp_path, ()) == []
+    assert not (tmp_path / "jail").exists()
+
+
+def test_the_network_device_is_the_same_in_every_vm(tmp_path: Path) -> None:
+    cold = replace(resources(tmp_path), limits=DeviceLimits(download=1000, upload=2000))
+    calls = {call.path for call in driver._boot_calls(SPEC, cold)}
+    assert "/network-interfaces/eth0" not in calls
+    bodies = {call.path: call.body for call in driver._boot_calls(NETWORKED, cold)}
+    assert bodies["/network-interfaces/eth0"] == {
+        "iface_id": "eth0", "host_dev_name": "stillframe0", "guest_mac": "52:54:00:12:34:56",
         "rx_rate_limiter": {"bandwidth": {"size": 1000, "refill_time": 1000}},
         "tx_rate_limiter": {"bandwidth": {"size": 2000, "refill_time": 1000}},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+async def test_a_network_is_asked_for_as_firecracker_was_asked(
+    tmp_path: Path, loaded: bool
+) -> None:
+    conversation = recorded(RECORDED, "load with network" if loaded else "boot with network")
+    assert any("stillframe0" in str(exchange["request"]) for exchange in conversation)
+    async with conversing(tmp_path, conversation) as (one, player):
+        given = resources(tmp_path, loaded=loaded)
+        await driver._configure(one, (1, 16, 1), NETWORKED, given)
+    assert player.left == []
+
+
+def test_only_a_vm_with_a_network_sees_the_device_for_one(tmp_path: Path) -> None:
+    without = confined("true", [], tmp_path, [])
+    assert "/dev/net/tun" not in without
+    assert "network" not in without
+    with_one = confined("true", [], tmp_path, [], uplink="/usr/bin/slirp4netns")
+    place = with_one.index("network")
+    assert with_one[place : place + 3] == ["network", "/usr/bin/slirp4netns", "stillframe0"]
+    assert ("/dev/net/tun" in with_one) == Path("/dev/net/tun").exists()
 
 
 @pytest.mark.parametrize(

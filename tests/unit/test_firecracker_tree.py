@@ -28,7 +28,7 @@ def confine(home: Path, script: str, seen: list[Seen]) -> list[str]:
     shared.make()
     command = confined(BUSYBOX, [], shared.path, seen, console=home / "console")
     # busybox tells by its name what it is to be.
-    return [*command[: command.index("--")], "--", f"{home}/sh", "-c", script]
+    return [*command[: command.index("--") + 2], f"{home}/sh", "-c", script]
 
 
 def confined_process(home: Path, script: str, seen: list[Seen]) -> Process:
@@ -144,7 +144,7 @@ def test_an_ordinary_user_gets_one_too(tmp_path: Path) -> None:
         command = confine(home, "echo $(id -u); read w < /memory; echo $w", [
             Seen("/memory", home / "image"), Seen("/bin/id", Path(str(BUSYBOX)))
         ])  # fmt: skip
-        launcher = home / "jail.py"
+        launcher = home / "launch.py"
         shutil.copy(command[3], launcher)
         for path in (home / "jail", home / "jail/log", launcher):
             os.chown(path, 65534, 65534)

@@ -14,7 +14,7 @@ import typer
 from stillframe.cli import output
 from stillframe.cli.client import Client, instance_path, parse_pairs
 from stillframe.cli.commands import family
-from stillframe.cli.commands.instances import Compression, compression_body
+from stillframe.cli.commands.instances import Compression, Hypervisor, compression_body
 from stillframe.cli.output import JsonFlag
 from stillframe.model.errors import HostFailure, StillframeError
 from stillframe.model.units import format_size, parse_duration
@@ -24,6 +24,7 @@ app = typer.Typer(help="Snapshots: write-once captures of instances.", no_args_i
 Snapshot = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="Id, name or unique prefix.")]
 _COLUMNS = ("NAME", "ID", "STATE")
 _MOST = 1000
+_EACH = ("target_state", "target_hypervisor", "tags", "env")  # what each fork is asked for
 # Between two looks at forks that are being made ready, which takes a second or so for each.
 _LOOK_SECONDS = 0.25
 Tags = Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="KEY=VALUE")]
@@ -210,6 +211,7 @@ def restore(
         str | None, typer.Option("--instance", help="Default: the snapshot's source.")
     ] = None,
     state: TargetState = None,
+    hypervisor: Hypervisor = None,
     dry_run: DryRun = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -220,6 +222,7 @@ def restore(
         instance or found["source_instance_id"], "snapshots", found["id"], "restore"
     )
     body = {"target_state": state} if state else {}
+    body |= {"target_hypervisor": hypervisor} if hypervisor else {}
     if dry_run:
         preview = client.request("POST", path, body=body, query={"dry_run": "true"})
         _print_previews([preview], as_json)
@@ -245,6 +248,7 @@ def fork(
     tag: Tags = None,
     env: Annotated[list[str] | None, typer.Option("--env", "-e", metavar="KEY=VALUE")] = None,
     state: TargetState = None,
+    hypervisor: Hypervisor = None,
     dry_run: DryRun = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -256,6 +260,7 @@ def fork(
     client: Client = context.obj
     wishes: dict[str, Any] = {
         "target_state": state,
+        "target_hypervisor": hypervisor,
         "tags": parse_pairs(tag, "--tag") or None,
         "env": parse_pairs(env, "--env") or None,
     }
@@ -283,7 +288,7 @@ def _preview_forks(
     client: Client, snapshot_id: str, names: list[str], body: dict[str, Any], as_json: bool
 ) -> None:
     """What each of the forks would do; exit 1 if any would be refused."""
-    wishes = {key: body[key] for key in ("target_state", "tags", "env") if key in body}
+    wishes = {key: body[key] for key in _EACH if key in body}
     previews = [
         client.request(
             "POST", f"/snapshots/{snapshot_id}/fork",

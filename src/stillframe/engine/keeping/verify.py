@@ -58,7 +58,8 @@ def _mark(context: Context, snapshot: Snapshot, found: Verification) -> None:
     if damaged is None and found.depth is not Depth.FULL:
         return  # what was not read may be as damaged as before
     if damaged != snapshot.damaged:
-        context.records.update_snapshot(replace(snapshot, damaged=damaged))
+        # The finding stands, whether or not it can be written down now.
+        context.records.update_snapshot(replace(snapshot, damaged=damaged), can_wait=True)
 
 
 def describe(found: Verification) -> str | None:

@@ -140,7 +140,8 @@ async def _with_digests(context: Context, snapshot: Snapshot) -> Snapshot:
     known = context.records.snapshots.get(snapshot.id)
     if size is None or known is None:  # deleted meanwhile: what is open goes out all the same
         return snapshot
-    context.records.update_snapshot(replace(known, size_bytes=size.size, stored_bytes=size.stored))
+    measured = replace(known, size_bytes=size.size, stored_bytes=size.stored)
+    context.records.update_snapshot(measured, can_wait=True)
     return context.snapshot(snapshot.id)
 
 

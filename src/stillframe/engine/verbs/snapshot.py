@@ -1,4 +1,4 @@
-"""Snapshots: create, list, delete. A Running source stays Running."""
+"""Snapshots: create and delete. A Running source stays Running."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from stillframe.engine.keeping.quota import check_room, expected_bytes
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import clone, remove_tree, storage_errors
 from stillframe.model.errors import Conflict, InvalidRequest, NameConflict
+from stillframe.model.schedules import check_snapshot_tags
 from stillframe.model.states import InstanceState, Verb, permission
-from stillframe.model.units import check_name, check_tags
+from stillframe.model.units import check_name
 from stillframe.model.values import (
     CompressionConfig,
     Instance,
@@ -54,7 +55,7 @@ async def snapshot(
     """
     if name is not None:
         check_name(name, what="snapshot name")
-    tags = check_tags(tags)
+    tags = check_snapshot_tags(tags)
     if kind is SnapshotKind.STOPPED and compression is not None and compression.enabled:
         raise InvalidRequest("a Stopped snapshot has no memory to compress")
     async with context.exclusive(instance_id, "snapshot") as instance:
@@ -192,4 +193,4 @@ async def delete_snapshot(context: Context, snapshot_id: str) -> None:
     with storage_errors("remove the files of the snapshot; the next start will"):
         await asyncio.to_thread(remove_tree, context.data.snapshot(snapshot_id).directory)
     context.records.fulfil(subject)
-    context.compressor.space_freed()
+    context.space_freed()

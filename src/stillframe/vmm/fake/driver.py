@@ -45,6 +45,7 @@ class FakeMachine(ReadFromOutside, NoDiskCopies):
         """Use ``open`` before anything else."""
         self.process: ProcessIdentity = process.identity
         self.shutdown_reason: str | None = None
+        self.lacks_space = asyncio.Event()
         self._process = process
         self._directory = directory
         self._writer: asyncio.StreamWriter | None = None
@@ -110,6 +111,7 @@ class FakeMachine(ReadFromOutside, NoDiskCopies):
     async def resume(self) -> None:
         """Let the guest run (on)."""
         await self._ask("resume")
+        self.lacks_space.clear()
 
     async def save_devices(
         self, destination: Path, memory: Path | None = None, since: Moment | None = None

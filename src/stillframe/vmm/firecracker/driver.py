@@ -22,20 +22,21 @@ from stillframe.host.process import Process, adopt, run, spawn
 from stillframe.host.programs import find_program
 from stillframe.host.sockets import connect_socket
 from stillframe.host.watch import file_changes
-from stillframe.model.errors import (
-    HostFailure,
-    MissingComponent,
-    NotSupported,
-    VmmFailure,
-)
+from stillframe.model.errors import HostFailure, MissingComponent, VmmFailure
 from stillframe.model.values import Hypervisor, ProcessIdentity
 from stillframe.vmm.driver import DriverProbe, MachineResources, MachineSpec, check_shape
 from stillframe.vmm.firecracker import api
 from stillframe.vmm.firecracker.isolation import Seen, SharedDirectory, confined
 from stillframe.vmm.firecracker.machine import FirecrackerMachine
 from stillframe.vmm.firecracker.probe import kvm_refusal
+from stillframe.vmm.isolation.command import (
+    TAP,
+    USER_NAMESPACES,
+    check_launch,
+    find_uplink,
+)
 from stillframe.vmm.kernel import uncompressed_kernel
-from stillframe.vmm.logs import explained
+from stillframe.vmm.logs import explained, log_size
 from stillframe.vmm.moments import Moment
 from stillframe.vmm.probing import ProbeOnce, features
 from stillframe.vmm.unix_http import Call
@@ -108,23 +109,26 @@ class FirecrackerDriver:
         probe = await self.probe()
         if self._version is None:
             raise MissingComponent(f"Firecracker is not available: {probe.reason}", hint=probe.hint)
-        if spec.network and resources.tap is None:
-            raise NotSupported(
-                "Firecracker has no network without a tap device of the host",
-                hint="turn the instance's network off, or use qemu",
-            )
+        uplink = find_uplink() if spec.network else None
         check_shape(spec, resources.memory_image)
         clock = architecture() == "x86_64"  # others have none to move (builder.rs)
         try:
-            return await self._start(self._version, spec, resources, clock=clock)
+            return await self._start(self._version, spec, resources, uplink=uplink, clock=clock)
         except VmmFailure as error:
             if not clock or api.NO_CLOCK_IN_STATE not in error.message:
                 raise
-        return await self._start(self._version, spec, resources, clock=False)
+        return await self._start(self._version, spec, resources, uplink=uplink, clock=False)
 
     async def _start(
-        self, version: api.Version, spec: MachineSpec, resources: MachineResources, *, clock: bool
+        self,
+        version: api.Version,
+        spec: MachineSpec,
+        resources: MachineResources,
+        *,
+        uplink: str | None,
+        clock: bool,
     ) -> FirecrackerMachine:
+        logged = log_size(resources.vmm_log)
         shared = SharedDirectory(resources.directory)
         async with contextlib.AsyncExitStack() as undo:
             undo.callback(_remove, shared)
@@ -132,7 +136,13 @@ class FirecrackerDriver:
             seen = await asyncio.to_thread(_seen, resources)
             scratch = min(spec.memory_bytes, self._scratch_bytes) + _SCRATCH_RESERVE
             process = await asyncio.to_thread(
-                _spawn, self._binary, resources, shared, seen, scratch_bytes=scratch
+                _spawn,
+                self._binary,
+                resources,
+                shared,
+                seen,
+                scratch_bytes=scratch,
+                uplink=uplink,
             )
             undo.push_async_callback(process.kill)
             try:
@@ -146,6 +156,7 @@ class FirecrackerDriver:
                 undo.push_async_callback(machine.kill)
                 await _configure(machine, version, spec, resources, clock=clock)
             except VmmFailure as error:
+                check_launch(resources.vmm_log, logged)
                 raise explained(error, shared.log, resources.vmm_log, once_more=True) from error
             undo.pop_all()
         return machine
@@ -188,11 +199,7 @@ async def _version_of(binary: str) -> api.Version:
         done = await run(command, timeout=30, check=False)
     words = done.stderr.decode(errors="replace").strip()
     if done.returncode != 0 and "no private file tree" in words:
-        raise MissingComponent(
-            f"Firecracker cannot be confined: {words}",
-            hint="run the server as root, or allow user namespaces (user_namespaces(7)); on Ubuntu "
-            "set kernel.apparmor_restrict_unprivileged_userns to 0",
-        )
+        raise MissingComponent(f"Firecracker cannot be confined: {words}", hint=USER_NAMESPACES)
     match = _VERSION.search(done.stdout)
     if match is None:
         raise MissingComponent(f"{binary} does not tell its version ({words or 'no message'})")
@@ -229,12 +236,12 @@ def _spawn(
     seen: list[Seen],
     *,
     scratch_bytes: int,
+    uplink: str | None,
 ) -> Process:
     arguments = ["--api-sock", shared.API, "--log-path", shared.LOG, "--level", "Info"]
     command = confined(
         binary, arguments, shared.path, seen,
-        scratch_bytes=scratch_bytes, console=resources.console_log,
-        network=resources.tap is not None,
+        scratch_bytes=scratch_bytes, console=resources.console_log, uplink=uplink,
     )  # fmt: skip
     return spawn(command, output=resources.vmm_log)
 
@@ -252,7 +259,7 @@ async def _configure(
         for call in _boot_calls(spec, resources):
             await machine.call(call)
         return
-    taps = {} if resources.tap is None else {api.NETWORK_INTERFACE: resources.tap}
+    taps = {api.NETWORK_INTERFACE: TAP} if spec.network else {}
     await machine.call(
         api.load_snapshot(
             version, _LOADED, _IMAGE, vsock_path=SharedDirectory.AGENT, taps=taps, clock=clock
@@ -275,9 +282,9 @@ def _boot_calls(spec: MachineSpec, resources: MachineResources) -> Iterator[Call
     for index, disk in enumerate(resources.disks):
         bandwidth = api.RateLimit.per_second(limits.disk)
         yield api.drive(index, f"/disk{index}", readonly=disk.readonly, bandwidth=bandwidth)
-    if resources.tap is not None:
+    if spec.network:
         yield api.network(
-            resources.tap,
+            TAP,
             download=api.RateLimit.per_second(limits.download),
             upload=api.RateLimit.per_second(limits.upload),
         )
