@@ -31,7 +31,7 @@ def make_drivers(
     ``accelerator`` is auto, kvm or tcg; ``cache_dir`` keeps slow findings for the next start, if it
     is given; ``programs_dir`` is where ``stillframe setup`` installs hypervisors;
     ``tracker`` is the library that has writes to guest memory tracked; ``capture_buffer_bytes``
-    bounds the host memory that a VMM which writes its guest's memory takes for that.
+    bounds the host memory that each VMM which writes its guest's memory takes for that.
     The fake hypervisor runs no guest kernel and is only there when asked for by name.
     """
 
