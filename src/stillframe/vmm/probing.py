@@ -12,18 +12,15 @@ from collections.abc import Awaitable, Callable
 
 from stillframe.model.errors import StillframeError
 from stillframe.model.values import Hypervisor
-from stillframe.vmm.driver import DriverProbe
+from stillframe.vmm.driver import DriverProbe, Limit
 
 _EVERYWHERE = ("fork", "pause", "snapshots", "standby")  # what every driver here offers
 
 
-def features(*more: str) -> tuple[str, ...]:
-    """A driver's features: what all of them have, and ``more`` that this one has on this host.
-
-    The words are the contract's runtime feature ids, of which ``vsock`` and ``disk-io-limit`` are
-    not everybody's.
-    """
-    return tuple(sorted((*_EVERYWHERE, *more)))
+def features(limits: frozenset[Limit], *more: str) -> tuple[str, ...]:
+    """The contract's feature ids of a driver that can limit this and has ``more`` of them."""
+    limiting = ("disk-io-limit",) if Limit.DISK in limits else ()
+    return tuple(sorted({*_EVERYWHERE, *limiting, *more}))
 
 
 _SHORTEST_REST = 10.0  # seconds after which what was missing is looked for again

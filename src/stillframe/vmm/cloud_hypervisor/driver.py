@@ -37,6 +37,7 @@ from stillframe.vmm.cloud_hypervisor.state import SavedState
 from stillframe.vmm.driver import (
     GUEST_MAC,
     DriverProbe,
+    Limit,
     MachineResources,
     MachineSpec,
     check_shape,
@@ -58,6 +59,9 @@ class CloudHypervisorDriver:
     """Cloud Hypervisor on KVM. Implements ``Driver``."""
 
     hypervisor = Hypervisor.CLOUD_HYPERVISOR
+    # One figure for a network device: Cloud Hypervisor makes a limiter of it for either direction
+    # (virtio-devices/src/net.rs, ``rate_limiter_config``; 51.0 to 53.0).
+    limits = frozenset({Limit.DISK, Limit.BANDWIDTH_ALIKE})
 
     def __init__(
         self,
@@ -79,7 +83,8 @@ class CloudHypervisorDriver:
         version = await self._examine()
         self._drains_disks = version >= api.DRAINS_DISKS
         text = ".".join(map(str, version))
-        return DriverProbe(self.hypervisor, True, text, "kvm", processor(), features("vsock"))
+        offered = features(self.limits, "vsock")
+        return DriverProbe(self.hypervisor, True, text, "kvm", processor(), offered)
 
     async def _examine(self) -> Version:
         binary = shutil.which(self._binary)
@@ -218,4 +223,6 @@ def _configuration(
         mac=mac or GUEST_MAC,
         confined=landlock_version() >= _LANDLOCK,
         synchronous=synchronous,
+        disk_rate=resources.limits.disk,
+        network_rate=resources.limits.download,  # and of uploads: see ``limits``
     )

@@ -22,6 +22,7 @@ from stillframe.model.values import Hypervisor, ProcessIdentity
 from stillframe.vmm.driver import (
     AgentStream,
     DriverProbe,
+    Limit,
     MachineResources,
     MachineSpec,
     MachineStatus,
@@ -165,6 +166,8 @@ class FakeDriver:
 
     hypervisor = Hypervisor.FAKE
     machine: type[FakeMachine] = FakeMachine
+    # It has no devices that could be too fast; limits are taken, kept and told like others.
+    limits = frozenset({Limit.DISK, Limit.BANDWIDTH})
 
     def __init__(self, tracker: Path | None = None) -> None:
         """``tracker`` is the library that has writes to guest memory tracked, if there is one."""
@@ -172,7 +175,7 @@ class FakeDriver:
 
     async def probe(self) -> DriverProbe:
         """It works wherever this interpreter does."""
-        return DriverProbe(self.hypervisor, True, _VERSION, "none", features=features())
+        return DriverProbe(self.hypervisor, True, _VERSION, "none", features=features(self.limits))
 
     async def start(self, spec: MachineSpec, resources: MachineResources) -> FakeMachine:
         """Spawn a process; with device state it stands still. Nothing is left on failure.

@@ -26,6 +26,7 @@ from stillframe.model.values import Hypervisor, ProcessIdentity
 from stillframe.vmm.driver import (
     AgentStream,
     DriverProbe,
+    Limit,
     MachineResources,
     MachineSpec,
     MachineStatus,
@@ -204,6 +205,8 @@ class QemuMachine(ReadFromOutside):
 class QemuDriver:
     """One of QEMU's machines. Implements ``Driver``."""
 
+    limits = frozenset({Limit.DISK})  # its user-mode network has no limit
+
     def __init__(
         self,
         binary: str = "qemu-system-x86_64",
@@ -235,7 +238,7 @@ class QemuDriver:
         build = self._build = await self._examine()
         return DriverProbe(
             self.hypervisor, True, build.version_text, build.accelerator, build.processor,
-            features=features(), reason=self._against_kvm,
+            features(self.limits), reason=self._against_kvm,
         )  # fmt: skip
 
     async def _examine(self) -> QemuBuild:

@@ -30,6 +30,7 @@ from stillframe.model.values import Hypervisor, ProcessIdentity
 from stillframe.vmm.driver import (
     AgentStream,
     DriverProbe,
+    Limit,
     MachineResources,
     MachineSpec,
     MachineStatus,
@@ -199,6 +200,7 @@ class VzDriver:
     """Virtualization.framework. Implements ``Driver``."""
 
     hypervisor = Hypervisor.VZ
+    limits = frozenset[Limit]()  # the framework has none
 
     def __init__(self, facts: PlatformFacts | None = None) -> None:
         """``facts`` are those of this host unless given."""
@@ -213,7 +215,11 @@ class VzDriver:
         check_facts(self._facts)
         await ask_framework(self._facts.interpreter)
         return DriverProbe(
-            self.hypervisor, True, self._facts.release, "vz", features=features("vsock")
+            self.hypervisor,
+            True,
+            self._facts.release,
+            "vz",
+            features=features(self.limits, "vsock"),
         )
 
     async def start(self, spec: MachineSpec, resources: MachineResources) -> VzMachine:
