@@ -18,10 +18,7 @@ import pytest
 
 from stillframe.guest.connection import AgentConnection
 from stillframe.guest.exec import start_exec
-from stillframe.host.capture import BufferBudget, MemoryCapture
 from stillframe.host.files import clone, create_sparse
-from stillframe.host.image import open_private
-from stillframe.host.memory import GuestMemory
 from stillframe.host.orphans import kill_orphans, processes_naming
 from stillframe.images.base import find_busybox
 from stillframe.images.boot import BootPair, build_boot_pair, write_config_disk
@@ -36,13 +33,15 @@ from stillframe.vmm.driver import (
 )
 from stillframe.vmm.drivers import make_drivers
 from stillframe.vmm.fake.driver import FakeDriver
+from support.noting import NotingDriver
+from support.saving import save
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL = Path(os.environ.get("STILLFRAME_KERNEL_DIR", ROOT / ".cache/kernel"))
 AGENT = ROOT / "agent/build/stillframe-init"
 TRACKER = ROOT / "tracker/build/libstillframe-tracker.so"
 TOOLS = ("mksquashfs", "mkfs.ext4")
-MEMORY = 256 << 20
+MEMORY, FAKE_MEMORY = 256 << 20, 64 << 20
 UNLIMITED = DeviceLimits()
 BOOT_DEADLINE = 120.0
 # A counter kept by a shell's loop, the same question asked of both.
@@ -52,6 +51,8 @@ _COUNTED = 'until n=$(cat /dev/shm/n 2>/dev/null) && [ -n "$n" ]; do sleep 0.02;
 _COUNTER = {True: ("/bin/sh", "-c", _COUNTED), False: ("counter",)}
 _KEEP = {True: ("/bin/sh", "-c", "echo {} > /dev/shm/kept"), False: ("set", "fork", "{}")}
 _KEPT = {True: ("cat", "/dev/shm/kept"), False: ("get", "fork")}
+# VMMs into which the tracker is loaded; the others' official builds are static.
+_TRACKED = ("fake", "qemu", "qemu-microvm")
 _CAPTURED: dict[str, MachineResources] = {}  # by hypervisor, for this run of the tests
 _OUTCOMES = pytest.StashKey[dict[tuple[str, str], str]]()
 
@@ -66,32 +67,35 @@ class Bench:
         pair: BootPair,
         root: Path,
         shared: Path | None = None,
+        *,
+        name: str = "",
     ) -> None:
         """``shared`` outlives the bench: what ``captured_guest`` makes is kept there."""
         self.driver = driver
         self._shared = shared
-        self.name = driver.hypervisor.value
+        self.name = name or driver.hypervisor.value
         self.real = driver.hypervisor is not Hypervisor.FAKE  # has a guest kernel
         self.directory = directory
+        self._memory = MEMORY if self.real else FAKE_MEMORY
         self._pair, self._root = pair, root
 
     @property
     def tracks_writes(self) -> bool:
-        """Whether this kernel can track writes to guest memory (Linux 6.7)."""
+        """Whether writes to guest memory are tracked: by this kernel (Linux 6.7), for this VMM."""
         release = platform.release().split(".")
-        return (int(release[0]), int(release[1])) >= (6, 7)
+        return self.name in _TRACKED and (int(release[0]), int(release[1])) >= (6, 7)
 
     async def spec(self, vcpus: int = 1) -> MachineSpec:
         """The VM's shape, with the accelerator that works here."""
         probe = await self.driver.probe()
         assert probe.available, probe.reason
-        return MachineSpec(MEMORY, vcpus, probe.accelerator, network=False)
+        return MachineSpec(self._memory, vcpus, probe.accelerator, network=False)
 
     def resources(self, name: str) -> MachineResources:
         """Fresh files of a cold VM."""
         home = self.directory / name
         home.mkdir()
-        create_sparse(home / "memory", MEMORY)
+        create_sparse(home / "memory", self._memory)
         create_sparse(home / "overlay", 64 << 20)
         if self.real:
             subprocess.run(["mkfs.ext4", "-q", home / "overlay"], check=True, timeout=60)
@@ -135,19 +139,10 @@ class Bench:
         """Image, devices and overlay of a paused VM, as files of their own."""
         home = self.directory / f"captured-{uuid.uuid4().hex[:6]}"
         home.mkdir()
-        pid, image = machine.process.pid, resources.memory_image
-        clone(image, home / "memory")
-        await machine.save_devices(
-            home / "devices", home / "memory" if machine.writes_memory else None
+        await save(
+            machine, resources.memory_image, memory=home / "memory", devices=home / "devices"
         )
         clone(resources.disks[1].path, home / "overlay")
-        if not machine.writes_memory:
-            with GuestMemory(pid, image) as memory, open_private(home / "memory") as fd:
-                assert memory.private_pages().total > 0
-                taken = MemoryCapture(memory, fd, incremental=False, budget=BufferBudget(MEMORY))
-                taken.ahead()
-                taken.still()
-                taken.after()
         root, _, config = resources.disks
         return replace(
             resources,
@@ -164,7 +159,7 @@ class Bench:
         """
         assert self._shared is not None
         if self.name not in _CAPTURED:
-            maker = Bench(self.driver, self._shared, self._pair, self._root)
+            maker = Bench(self.driver, self._shared, self._pair, self._root, name=self.name)
             async with maker.booted(self.name) as (machine, resources):
                 async with maker.agent(machine) as connection:
                     await maker.keep(connection, "before")
@@ -288,18 +283,27 @@ def real_drivers() -> dict[str, Driver]:
     return {driver.hypervisor.value: driver for driver in made}
 
 
+FAKES: dict[str, type[FakeDriver]] = {
+    "fake": FakeDriver,
+    # One that writes memory itself: without KVM no real VMM here does.
+    "fake-writing": NotingDriver,
+}
 # All of the contract, so that one without a driver is a column that says so.
-NAMES = ("fake", *(name.value for name in CONTRACT_HYPERVISORS))
+NAMES = (*FAKES, *(name.value for name in CONTRACT_HYPERVISORS))
 
 
 @pytest.fixture(
-    params=[NAMES[0], *(pytest.param(name, marks=pytest.mark.vm) for name in NAMES[1:])]
+    params=[
+        *FAKES,
+        *(pytest.param(name, marks=pytest.mark.vm) for name in NAMES if name not in FAKES),
+    ]
 )
 def bench(request: pytest.FixtureRequest, tmp_path: Path, captured_guests: Path) -> Iterator[Bench]:
     """Each driver in turn; no process is left, however the test ended."""
-    if request.param == "fake":
+    if request.param in FAKES:
         null, root = Path("/dev/null"), tmp_path / "root"
-        pair, driver = BootPair("", null, null, ""), cast(Driver, FakeDriver(tracker=TRACKER))
+        pair = BootPair("", null, null, "")
+        driver = cast(Driver, FAKES[request.param](tracker=TRACKER))
         root.touch()
     else:
         found = real_drivers().get(request.param)
@@ -310,7 +314,7 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path, captured_guests: Path)
         if not probe.available:
             pytest.skip(probe.reason or "not available")
         pair, root = request.getfixturevalue("guest_files")
-    yield Bench(driver, tmp_path, pair, root, captured_guests)
+    yield Bench(driver, tmp_path, pair, root, captured_guests, name=request.param)
     left = kill_orphans(tmp_path, ()) + kill_orphans(captured_guests, ())
     assert left == [], f"processes left behind: {left}"
 

@@ -8,10 +8,11 @@ import secrets
 import signal
 import time
 from collections import Counter
-from collections.abc import Awaitable
+from collections.abc import Coroutine
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,13 +23,18 @@ from stillframe.guest.identity import identify, shutdown
 from stillframe.host.capture import BufferBudget, MemoryCapture
 from stillframe.host.files import clone, copy_into, create_sparse
 from stillframe.host.image import open_private
-from stillframe.host.memory import GuestMemory
+from stillframe.host.memory import PAGE, GuestMemory
 from stillframe.model.errors import GuestFailure, StillframeError, VmmFailure
 from stillframe.model.values import DeviceLimits
 from stillframe.vmm.driver import Limit, Machine, MachineResources, MachineStatus
 from support.descriptors import descriptors
 
 pytestmark = pytest.mark.timeout(240)
+# The contract's runtime feature ids.
+FEATURE_IDS = {
+    *("snapshots", "standby", "fork", "pause", "vsock", "disk-io-limit", "disk-resize"),
+    *("hotplug-memory", "balloon-control", "gpu-passthrough"),
+}
 
 
 WRITE = "dd if=/dev/zero of=/much bs=1M count={count} oflag=direct 2>&1"
@@ -60,6 +66,13 @@ async def test_a_guest_boots_and_greets(bench: Bench) -> None:
         assert refused.value.facts["errno"] == "ENOENT"
 
 
+async def test_features_are_words_of_the_contract(bench: Bench) -> None:
+    probe = await bench.driver.probe()
+    assert set(probe.features) >= {"fork", "pause", "snapshots", "standby"}
+    assert set(probe.features) <= FEATURE_IDS
+    assert ("vsock" in probe.features) == (bench.name in ("firecracker", "cloud-hypervisor", "vz"))
+
+
 @pytest.mark.parametrize("vcpus", [1, 4])
 async def test_memory_goes_on_in_a_new_process(bench: Bench, vcpus: int) -> None:
     """F28: what was loaded stands still until it is resumed."""
@@ -87,6 +100,9 @@ async def test_pause_really_stops_the_guest(bench: Bench) -> None:
         await bench.counter(connection)
         await machine.pause()
         assert await machine.status() is MachineStatus.PAUSED
+        if machine.saving_hangs_up:
+            await two_captures_of_a_vmm_that_hangs_up(bench, machine, resources, connection)
+            return
         first = await bench.capture(machine, resources)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(bench.counter(connection), 0.5)
@@ -97,8 +113,31 @@ async def test_pause_really_stops_the_guest(bench: Bench) -> None:
         await counts_on(bench, connection, await bench.counter(connection))
 
 
+async def two_captures_of_a_vmm_that_hangs_up(
+    bench: Bench, machine: Machine, resources: MachineResources, connection: AgentConnection
+) -> None:
+    """Firecracker: devices go on in a pause, and each save puts a reset into the vsock's queue.
+
+    So the guest is asked before both captures, these differ in what a reset is made of, and it is
+    asked again over a new connection.
+    """
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(bench.counter(connection), 0.5)
+    images = [(await bench.capture(machine, resources)).memory_image.read_bytes() for _ in range(2)]
+    pages = range(0, len(images[0]), PAGE)
+    differ = [at for at in pages if len({image[at : at + PAGE] for image in images}) > 1]
+    assert len(differ) <= 2, "more than an event and its place in the ring of used ones"
+    await machine.resume()
+    assert await machine.status() is MachineStatus.RUNNING
+    await connection.close()
+    async with bench.agent(machine) as again:
+        await counts_on(bench, again, await bench.counter(again))
+
+
 async def test_memory_copied_while_the_guest_runs_is_whole(bench: Bench) -> None:
     async with bench.booted("one") as (machine, resources):
+        if machine.writes_memory:
+            pytest.skip("the VMM writes its guest's memory itself, during the pause")
         async with bench.agent(machine) as connection:
             await bench.keep(connection, "before")
             image = bench.directory / "copied"
@@ -126,7 +165,7 @@ async def test_a_disk_copied_while_the_guest_runs_is_whole(bench: Bench) -> None
         if not await machine.begin_disk_copy(1, copy):
             assert not bench.name.startswith("qemu")
             await machine.end_disk_copy(1)
-            return
+            pytest.skip("the VMM does not tell what changes on a disk: it is copied in the pause")
         copy_into(disk, copy)
         async with bench.agent(machine) as connection:
             await bench.run(connection, "/bin/sh", "-c", "echo meanwhile > /kept; sync")
@@ -414,18 +453,19 @@ async def test_a_vmm_killed_during_a_step_is_a_clear_error(bench: Bench) -> None
         nothing_of(bench, fork)
 
 
-def asked(bench: Bench, machine: Machine, fork: MachineResources, step: str) -> Awaitable[None]:
+def asked(
+    bench: Bench, machine: Machine, fork: MachineResources, step: str
+) -> Coroutine[Any, Any, object]:
     """The step, asked of the VMM."""
     if step == "pause":
         return machine.pause()
     if step == "resume":
         return machine.resume()
     memory = bench.directory / "saved"
-    if machine.writes_memory:
-        clone(fork.memory_image, memory)
-    return machine.save_devices(
-        bench.directory / "saved-devices", memory if machine.writes_memory else None
-    )
+    if not machine.writes_memory:
+        return machine.save_devices(bench.directory / "saved-devices")
+    clone(fork.memory_image, memory)
+    return machine.save_devices(bench.directory / "saved-devices", memory, machine.moment)
 
 
 def nothing_of(bench: Bench, fork: MachineResources) -> None:

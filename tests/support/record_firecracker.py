@@ -17,13 +17,14 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 
-from stillframe.host.files import clone, create_sparse
+from stillframe.host.files import create_sparse
 from stillframe.model.errors import VmmFailure
 from stillframe.model.values import DeviceLimits
 from stillframe.vmm.driver import Disk, MachineResources, MachineSpec
 from stillframe.vmm.firecracker import api
 from stillframe.vmm.firecracker.driver import FirecrackerDriver
 from support.conversations import DIRECTORY, Exchange, recording
+from support.saving import save
 
 SOURCE = Path(__file__).resolve().parents[1] / "guest" / "tiny.S"
 SPEC = MachineSpec(memory_bytes=16 << 20, vcpus=1, accelerator="kvm", network=False)
@@ -60,14 +61,19 @@ async def record(binary: str, home: Path) -> dict[str, list[Exchange]]:
     with recording() as heard["capture"]:
         await machine.status()
         await machine.pause()
-        clone(cold.memory_image, home / "captured")
-        await machine.save_devices(home / "devices", home / "captured")
+        await save(machine, cold.memory_image, memory=home / "captured", devices=home / "devices")
+        await machine.resume()
+    with recording() as heard["pause"]:
+        await machine.pause()
         await machine.resume()
     with recording() as heard["refusals"]:
         with contextlib.suppress(VmmFailure):
             await machine.call(api.machine_config(SPEC))
         with contextlib.suppress(VmmFailure):  # it runs
-            await machine.save_devices(home / "again", home / "captured")
+            await save(machine, cold.memory_image, memory=home / "a", devices=home / "again")
+    with recording() as heard["capture all"]:
+        await machine.pause()
+        await save(machine, cold.memory_image, memory=home / "all", devices=home / "all-devices")
     await machine.kill()
     warm = replace(cold, device_state=home / "devices", memory_image=home / "captured")
     with recording() as heard["load"]:
@@ -75,7 +81,7 @@ async def record(binary: str, home: Path) -> dict[str, list[Exchange]]:
     with recording() as heard["capture loaded"]:
         await machine.resume()
         await machine.pause()
-        await machine.save_devices(home / "more")
+        await save(machine, warm.memory_image, memory=home / "m", devices=home / "more")
         await machine.status()
     await machine.kill()
     (home / "devices").write_bytes(b"\xa5" * 4096)

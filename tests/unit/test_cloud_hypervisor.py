@@ -359,3 +359,25 @@ async def test_the_probe_tells_what_is_missing() -> None:
     assert not probe.available
     assert probe.reason == "no-such-cloud-hypervisor is not installed"
     assert probe.hint == "stillframe setup cloud-hypervisor"
+
+
+@pytest.mark.parametrize(
+    ("version", "drains"), [("51.2.0", False), ("52.0", False), ("53.0", True)]
+)
+async def test_disks_are_synchronous_where_a_pause_does_not_wait_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, drains: bool
+) -> None:
+    class Configured(Exception):
+        pass
+
+    async def configured(*_: object, synchronous: bool) -> None:
+        assert synchronous is not drains
+        raise Configured
+
+    binary = tmp_path / "cloud-hypervisor"
+    binary.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo cloud-hypervisor v{version}\n')
+    binary.chmod(0o755)
+    monkeypatch.setattr(driver, "configure", configured)
+    made = CloudHypervisorDriver(str(binary), accelerator="kvm")
+    with pytest.raises(Configured):
+        await made.start(SPEC, files(tmp_path))

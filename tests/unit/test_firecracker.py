@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -15,23 +13,24 @@ from typing import Any
 
 import pytest
 
-from stillframe.host.orphans import kill_orphans, processes_naming
-from stillframe.host.process import Process, spawn
+from stillframe.host.memory import PAGE
+from stillframe.host.orphans import kill_orphans
+from stillframe.host.process import spawn
 from stillframe.host.programs import find_program
 from stillframe.host.sockets import connect_socket
-from stillframe.model.errors import MissingComponent, StorageFull, VmmFailure
+from stillframe.model.errors import HostFailure, MissingComponent, StorageFull, VmmFailure
 from stillframe.model.values import DeviceLimits
 from stillframe.vmm.driver import MachineResources, MachineStatus
 from stillframe.vmm.firecracker import api, driver, machine
-from stillframe.vmm.firecracker.isolation import Seen, SharedDirectory, confined
+from stillframe.vmm.firecracker.isolation import Scratch, SharedDirectory, confined
 from stillframe.vmm.firecracker.machine import FirecrackerMachine, end_of_guest
 from stillframe.vmm.firecracker.probe import kvm_refusal
+from stillframe.vmm.moments import Moment
 from support.conversations import Exchange, Player, recorded
 from support.record_firecracker import LIMITED, NETWORKED, SPEC, files
 
 RECORDED = "firecracker-1.16.1"
-BUSYBOX = shutil.which("busybox")
-needs_busybox = pytest.mark.skipif(BUSYBOX is None, reason="needs busybox (make setup)")
+VERSIONS: list[api.Version] = [(1, 12, 1), (1, 16, 1)]
 
 
 def writing(home: Path) -> Any:
@@ -39,12 +38,30 @@ def writing(home: Path) -> Any:
 
     def before(request: dict[str, Any]) -> None:
         if request["path"] == "/snapshot/create":
-            for kind in ("snapshot_path", "mem_file_path"):
+            for kind, offset in (("snapshot_path", 0), ("mem_file_path", PAGE)):
                 name = Path(request["body"][kind])
-                if name.parent == Path("/run"):
-                    (home / "jail" / name.name).write_bytes(kind.encode())
+                if name.parent.name != "nowhere":
+                    directory = {"run": "jail", "scratch": "scratch"}[name.parent.name]
+                    path = home / directory / name.name
+                    with path.open("r+b" if path.exists() else "wb") as file:
+                        file.seek(offset)
+                        file.write(kind.encode())
 
     return before
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the process's own root would show: here its process is one of ours."""
+    path = tmp_path / "scratch"
+    path.mkdir()
+
+    def opened(pid: int) -> int:
+        os.kill(pid, 0)
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    monkeypatch.setattr(Scratch, "open", opened)
+    return path
 
 
 @asynccontextmanager
@@ -52,7 +69,8 @@ async def conversing(
     home: Path,
     conversation: list[Exchange],
     *,
-    loaded: bool,
+    moment: Moment | None = None,
+    told_of_reset: bool = False,
     version: api.Version = (1, 16, 1),
     before: Callable[[dict[str, Any]], None] | None = None,
 ) -> AsyncIterator[tuple[FirecrackerMachine, Player]]:
@@ -63,7 +81,7 @@ async def conversing(
     async with player.listening(shared.api):
         process = spawn(["sleep", "1000"], output=home / "log")
         one = FirecrackerMachine(
-            process, shared, version, loaded=loaded,
+            process, shared, version, moment=moment, told_of_reset=told_of_reset,
             console_log=home / "console", vmm_log=home / "log",
         )  # fmt: skip
         try:
@@ -73,64 +91,215 @@ async def conversing(
 
 
 def resources(home: Path, *, loaded: bool = False) -> MachineResources:
+    home.mkdir(exist_ok=True)
     cold = files(home, LIMITED)
     return replace(cold, device_state=home / "devices") if loaded else cold
 
 
-async def test_a_boot_asks_what_firecracker_was_asked(tmp_path: Path) -> None:
-    async with conversing(tmp_path, recorded(RECORDED, "boot"), loaded=False) as (one, player):
-        await driver._configure(one, (1, 16, 1), SPEC, resources(tmp_path))
+def spoken_with(version: api.Version, name: str) -> list[Exchange]:
+    """A conversation that was recorded from this version."""
+    return recorded(f"firecracker-{'.'.join(map(str, version))}", name)
+
+
+def image_of(home: Path) -> Path:
+    """The file that a snapshot's memory goes to: the image below, or a clone of it."""
+    image = home / "image"
+    image.write_bytes(b"below".ljust(2 * PAGE, b"."))
+    return image
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_boot_asks_what_firecracker_was_asked(tmp_path: Path, version: api.Version) -> None:
+    async with conversing(tmp_path, spoken_with(version, "boot")) as (one, player):
+        await driver._configure(one, version, SPEC, resources(tmp_path))
     assert player.left == []
 
 
-async def test_a_cold_vm_writes_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_SWAPS", tmp_path / "swaps")
-    (tmp_path / "swaps").write_text("Filename Type Size Used Priority\n")
-    (tmp_path / "image").write_bytes(b"the clone of the image below")
-    async with conversing(tmp_path, recorded(RECORDED, "capture"), loaded=False) as (one, player):
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_difference_is_written_beside(
+    tmp_path: Path, scratch: Path, version: api.Version
+) -> None:
+    image = image_of(tmp_path)
+    moment = Moment(image)
+    spoken = spoken_with(version, "capture")
+    async with conversing(tmp_path, spoken, moment=moment, version=version) as (one, player):
         assert one.writes_memory
         assert await one.status() is MachineStatus.RUNNING
         await one.pause()
         with pytest.raises(VmmFailure, match="a file for the guest's memory"):
             await one.save_devices(tmp_path / "devices")
-        await one.save_devices(tmp_path / "devices", tmp_path / "image")
+        difference = await one.save_devices(tmp_path / "devices", image, moment)
+        assert one.moment not in (None, moment)
         await one.resume()
+        assert difference is not None
+        start, end = next(iter(difference.runs))
+        assert os.pread(difference.fd, 13, PAGE) == b"mem_file_path"
+        assert start <= PAGE < end
+        difference.close()
+        difference.close()
     assert player.left == []
     assert (tmp_path / "devices").read_text() == "snapshot_path"
-    assert (tmp_path / "image").read_text() == "mem_file_path"
+    assert image.read_bytes().startswith(b"below")
+    assert list(scratch.iterdir()) == []
 
 
-@pytest.mark.parametrize("why", ["swap", "old version"])
-async def test_all_memory_is_written_where_resident_pages_are_not_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+@pytest.mark.parametrize("why", ["adopted", "of another moment", "no moment"])
+async def test_all_memory_is_written_when_the_moment_is_not_its_own(
+    tmp_path: Path, why: str
 ) -> None:
-    monkeypatch.setattr(machine, "_SWAPS", tmp_path / "swaps")
-    swap = "/dev/sda2 partition 1 0 -2\n" if why == "swap" else ""
-    (tmp_path / "swaps").write_text(f"Filename Type Size Used Priority\n{swap}")
-    exchange = recorded(RECORDED, "capture")[2]
-    exchange["request"]["body"]["snapshot_type"] = "Full"
-    version = (1, 16, 1) if why == "swap" else (1, 12, 1)
-    async with conversing(tmp_path, [exchange], loaded=False, version=version) as (one, player):
-        await one.save_devices(tmp_path / "devices", tmp_path / "image")
+    image = image_of(tmp_path)
+    own, other = Moment(image), Moment(image)
+    spoken = recorded(RECORDED, "capture all")
+    async with conversing(
+        tmp_path, spoken, moment=None if why == "adopted" else own
+    ) as (one, player):  # fmt: skip
+        await one.pause()
+        since = None if why == "no moment" else other
+        assert await one.save_devices(tmp_path / "devices", image, since) is None
+        assert one.moment not in (None, own, other)
+    assert player.left == []
+    assert image.read_bytes()[PAGE:].startswith(b"mem_file_path")
+    assert not (tmp_path / "jail").exists()
+
+
+async def test_what_memory_has_no_room_for_goes_to_the_image(tmp_path: Path, scratch: Path) -> None:
+    image = image_of(tmp_path)
+    moment = Moment(image)
+    full, again = recorded(RECORDED, "capture")[2], recorded(RECORDED, "capture all")[1]
+    words = "Create snapshot error: Cannot write memory file: No space left (os error 28)"
+    full["answer"] = {"status": 400, "body": {"fault_message": words}}
+    again["request"]["body"]["snapshot_type"] = "Diff"
+    async with conversing(tmp_path, [full, again], moment=moment) as (one, player):
+        assert await one.save_devices(tmp_path / "devices", image, moment) is None
+        assert one.moment not in (None, moment)
+    assert player.left == []
+    assert image.read_bytes().startswith(b"below")  # laid over it, by Firecracker
+    assert image.read_bytes()[PAGE:].startswith(b"mem_file_path")
+    assert list(scratch.iterdir()) == []
+
+
+async def test_extents_are_not_trusted_where_huge_pages_are_forced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_SHMEM_PAGES", tmp_path / "shmem_enabled")
+    (tmp_path / "shmem_enabled").write_text("always within_size advise never deny [force]\n")
+    image = image_of(tmp_path)
+    moment = Moment(image)
+    exchange = recorded(RECORDED, "capture all")[1]
+    exchange["request"]["body"]["snapshot_type"] = "Diff"
+    async with conversing(tmp_path, [exchange], moment=moment) as (one, player):
+        assert await one.save_devices(tmp_path / "devices", image, moment) is None
     assert player.left == []
 
 
-async def test_a_loaded_vm_saves_its_devices_only(tmp_path: Path) -> None:
-    spoken = recorded(RECORDED, "load") + recorded(RECORDED, "capture loaded")
-    async with conversing(tmp_path, spoken, loaded=True) as (one, player):
-        await driver._configure(one, (1, 16, 1), SPEC, resources(tmp_path, loaded=True))
-        assert not one.writes_memory
+async def test_after_a_failure_nobody_knows_what_was_noted(tmp_path: Path) -> None:
+    image = image_of(tmp_path)
+    moment = Moment(image)
+    (tmp_path / "devices").touch()  # so what was written cannot be kept
+    async with conversing(tmp_path, recorded(RECORDED, "capture")[2:3], moment=moment) as (one, _):
+        with pytest.raises(HostFailure):
+            await one.save_devices(tmp_path / "devices", image, moment)
+        assert one.moment is None
+
+
+async def test_a_full_disk_under_device_state_is_no_reason_to_ask_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log is empty by then: a second difference would lack what the first one had."""
+    image = image_of(tmp_path)
+    moment = Moment(image)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(machine, "write_fully", full)
+    spoken = recorded(RECORDED, "capture")[2:3]
+    async with conversing(tmp_path, spoken * 2, moment=moment) as (one, player):
+        with pytest.raises(StorageFull):
+            await one.save_devices(tmp_path / "devices", image, moment)
+        assert one.moment is None
+        assert len(player.left) == 1
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_loaded_vm_notes_writes_from_its_image_on(
+    tmp_path: Path, version: api.Version
+) -> None:
+    spoken = spoken_with(version, "load") + spoken_with(version, "capture loaded")
+    image = image_of(tmp_path)
+    moment = Moment(image)
+    async with conversing(
+        tmp_path, spoken, moment=moment, told_of_reset=True, version=version
+    ) as (one, player):  # fmt: skip
+        warm = resources(tmp_path / "warm", loaded=True)
+        await driver._configure(one, version, SPEC, warm)
         await one.resume()
         await one.pause()
-        await one.save_devices(tmp_path / "devices")
+        difference = await one.save_devices(tmp_path / "devices", image, moment)
+        assert difference is not None
+        difference.close()
         assert await one.status() is MachineStatus.PAUSED
     assert player.left == []
     assert (tmp_path / "devices").read_text() == "snapshot_path"
     assert not (tmp_path / "jail").exists()
 
 
+async def test_a_guest_is_told_of_the_reset_that_its_vsock_waits_for(tmp_path: Path) -> None:
+    moment = Moment(image_of(tmp_path))
+    async with conversing(tmp_path, recorded(RECORDED, "pause"), moment=moment) as (one, player):
+        await one.pause()
+        await one.resume()
+        assert player.left == []
+        assert one.moment is moment  # and its log is untouched
+    spoken = spoken_with((1, 12, 1), "pause")
+    assert {each["request"]["path"] for each in spoken} == {"/vm"}  # nor is it asked for
+    async with conversing(tmp_path, spoken, version=(1, 12, 1)) as (one, player):
+        await one.pause()
+        await one.resume()
+    assert player.left == []
+
+
+@pytest.mark.parametrize("processor", ["x86_64", "aarch64"])
+async def test_it_is_started_once_more_where_the_state_has_no_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processor: str
+) -> None:
+    asked: list[bool] = []
+
+    async def started(*_: object, uplink: str | None, clock: bool) -> str:
+        asked.append(clock)
+        if clock:
+            raise VmmFailure(f"refused: {api.NO_CLOCK_IN_STATE}")
+        return "a machine"
+
+    made = driver.FirecrackerDriver("true", accelerator="kvm")
+    await made.probe()
+    made._version = (1, 16, 1)
+    monkeypatch.setattr(made, "_start", started)
+    monkeypatch.setattr(driver, "architecture", lambda: processor)
+    machine = await made.start(SPEC, resources(tmp_path / "vm", loaded=True))
+    assert str(machine) == "a machine"
+    assert asked == ([True, False] if processor == "x86_64" else [False])
+
+
+async def test_other_failures_of_a_load_are_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def started(*_: object, uplink: str | None, clock: bool) -> str:
+        asked.append(clock)
+        raise VmmFailure("refused: the state is damaged")
+
+    asked: list[bool] = []
+    made = driver.FirecrackerDriver("true", accelerator="kvm")
+    await made.probe()
+    made._version = (1, 16, 1)
+    monkeypatch.setattr(made, "_start", started)
+    with pytest.raises(VmmFailure, match="damaged"):
+        await made.start(SPEC, resources(tmp_path / "vm", loaded=True))
+    assert len(asked) == 1
+
+
 async def test_device_state_of_another_shape_is_refused(tmp_path: Path) -> None:
-    async with conversing(tmp_path, recorded(RECORDED, "load"), loaded=True) as (one, _):
+    async with conversing(tmp_path, recorded(RECORDED, "load")) as (one, _):
         with pytest.raises(VmmFailure, match="of a VM with 1 vCPUs and 16777216 bytes"):
             await driver._configure(
                 one, (1, 16, 1), replace(SPEC, vcpus=2), resources(tmp_path, loaded=True)
@@ -139,44 +308,53 @@ async def test_device_state_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 async def test_refusals_are_in_firecrackers_words(tmp_path: Path) -> None:
     spoken = recorded(RECORDED, "refusals") + recorded(RECORDED, "load damaged")
-    async with conversing(tmp_path, spoken, loaded=False) as (one, _):
+    moment = Moment(image_of(tmp_path))
+    async with conversing(tmp_path, spoken, moment=moment) as (one, _):
         with pytest.raises(VmmFailure, match="not supported after starting the microVM"):
             await one.call(api.machine_config(SPEC))
         with pytest.raises(VmmFailure, match="save/restore unavailable while running"):
-            await one.save_devices(tmp_path / "devices", tmp_path / "image")
+            await one.save_devices(tmp_path / "devices", tmp_path / "image", moment)
+        warm = resources(tmp_path / "warm", loaded=True)
         with pytest.raises(VmmFailure, match="Failed to load snapshot state from file"):
-            await driver._configure(one, (1, 16, 1), SPEC, resources(tmp_path, loaded=True))
+            await driver._configure(one, (1, 16, 1), SPEC, warm)
 
 
-@pytest.mark.parametrize("trick", ["link", "second name", "pipe"])
-async def test_what_is_put_in_the_place_of_a_file_is_not_taken(tmp_path: Path, trick: str) -> None:
+@pytest.mark.parametrize("what", ["state", "memory", "log"])
+@pytest.mark.parametrize("trick", ["link", "pipe"])
+async def test_what_is_put_in_the_place_of_a_file_is_not_taken(
+    tmp_path: Path, scratch: Path, trick: str, what: str
+) -> None:
     secret = tmp_path / "secret"
     secret.write_text("exit_code=0 and a secret")
-    make = {"link": Path.symlink_to, "second name": Path.hardlink_to, "pipe": None}[trick]
+    moment = Moment(image_of(tmp_path))
+    home = tmp_path / "jail" if what == "log" else scratch
 
     def before(request: dict[str, Any]) -> None:
-        for name in ("state", "memory", "log"):
-            path = tmp_path / "jail" / name
-            path.unlink(missing_ok=True)
-            if make is None:
-                os.mkfifo(path)
-            else:
-                make(path, secret)
+        writing(tmp_path)(request)
+        (home / what).unlink()
+        if trick == "pipe":
+            os.mkfifo(home / what)
+        else:
+            (home / what).symlink_to(secret)
 
     spoken = recorded(RECORDED, "capture")[2:3]
-    async with conversing(tmp_path, spoken, loaded=False, before=before) as (one, _):
-        with pytest.raises(VmmFailure, match="is no file"):
-            await one.save_devices(tmp_path / "devices", tmp_path / "image")
-        assert not (tmp_path / "devices").exists()
-        if trick != "second name":  # which the VMM's file tree does not let it make
-            await one.kill()
-            assert "secret" not in (tmp_path / "log").read_text()
+    async with conversing(tmp_path, spoken, moment=moment, before=before) as (one, _):
+        saving = one.save_devices(tmp_path / "devices", tmp_path / "image", moment)
+        if what != "log":
+            with pytest.raises(VmmFailure, match="is no file"):
+                await saving
+            assert not (tmp_path / "devices").exists()
+            assert one.moment is None
+        elif (difference := await saving) is not None:
+            difference.close()
+        await one.kill()
+        assert "secret" not in (tmp_path / "log").read_text()
     assert secret.exists()
 
 
 async def test_a_link_in_the_place_of_a_socket_is_not_followed(tmp_path: Path) -> None:
     shared = SharedDirectory(tmp_path)
-    async with conversing(tmp_path, recorded(RECORDED, "capture"), loaded=True) as (one, player):
+    async with conversing(tmp_path, recorded(RECORDED, "capture")) as (one, player):
         other = tmp_path / "other.sock"
         shared.api.rename(other)
         shared.api.symlink_to(other)
@@ -188,19 +366,20 @@ async def test_a_link_in_the_place_of_a_socket_is_not_followed(tmp_path: Path) -
 
 
 async def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
-    exchange = recorded(RECORDED, "capture")[2]
+    exchange = recorded(RECORDED, "capture all")[1]
     words = "Create snapshot error: Cannot write memory: No space left on device (os error 28)"
     exchange["answer"] = {"status": 400, "body": {"fault_message": words}}
-    async with conversing(tmp_path, [exchange], loaded=False) as (one, _):
+    async with conversing(tmp_path, [exchange]) as (one, _):
         with pytest.raises(StorageFull):
-            await one.save_devices(tmp_path / "devices", tmp_path / "image")
+            await one.save_devices(tmp_path / "devices", image_of(tmp_path))
         assert not (tmp_path / "devices").exists()
+        assert not (tmp_path / "jail/memory").exists()
 
 
 async def test_a_vmm_that_is_gone_is_a_failure(tmp_path: Path) -> None:
-    async with conversing(tmp_path, [], loaded=True) as (one, _):
+    async with conversing(tmp_path, []) as (one, _):
         await one.kill()
-        for step in (one.pause(), one.status(), one.save_devices(tmp_path / "devices")):
+        for step in (one.pause(), one.status(), one.save_devices(tmp_path / "d", tmp_path / "m")):
             with pytest.raises(VmmFailure):
                 await step
         await one.kill()
@@ -219,10 +398,10 @@ async def test_what_a_dead_vmm_left_goes_when_it_is_looked_for(tmp_path: Path) -
 
 
 async def test_a_running_one_tells_its_version_and_how_it_came(tmp_path: Path) -> None:
-    async with conversing(tmp_path, recorded(RECORDED, "capture")[:1], loaded=False) as (one, _):
+    async with conversing(tmp_path, recorded(RECORDED, "capture")[:1]) as (one, _):
         made = driver.FirecrackerDriver("true", accelerator="kvm")
         adopted = await made.adopt(one.process, resources(tmp_path))
-        assert (adopted.version, adopted.writes_memory) == ((1, 16, 1), True)
+        assert (adopted.version, adopted.moment) == ((1, 16, 1), None)
         await adopted.close()
 
 
@@ -242,7 +421,7 @@ async def test_the_agent_is_dialled_when_the_guest_says_that_it_listens(tmp_path
             refused.set()
         writer.close()
 
-    async with conversing(tmp_path, [], loaded=False) as (one, _):
+    async with conversing(tmp_path, []) as (one, _):
         server = await asyncio.start_unix_server(guest, tmp_path / "jail/vsock.sock")
         async with server, asyncio.timeout(60):
             dialling = asyncio.create_task(one.dial_agent())
@@ -298,7 +477,7 @@ async def test_a_network_is_asked_for_as_firecracker_was_asked(
 ) -> None:
     conversation = recorded(RECORDED, "load with network" if loaded else "boot with network")
     assert any("stillframe0" in str(exchange["request"]) for exchange in conversation)
-    async with conversing(tmp_path, conversation, loaded=loaded) as (one, player):
+    async with conversing(tmp_path, conversation) as (one, player):
         given = resources(tmp_path, loaded=loaded)
         await driver._configure(one, (1, 16, 1), NETWORKED, given)
     assert player.left == []
@@ -339,132 +518,6 @@ async def test_the_probe_says_what_the_vmm_said(tmp_path: Path) -> None:
     assert await kvm_refusal(str(fake)) == f"it does not run a 64-bit guest ({log})"
     fake.write_text("#!/bin/sh\necho OK\n")
     assert await kvm_refusal(str(fake)) is None
-
-
-# -- the file tree -----------------------------------------------------------------------------
-
-
-def confine(home: Path, script: str, seen: list[Seen]) -> list[str]:
-    """A command that runs a shell script in a file tree of its own."""
-    assert BUSYBOX is not None
-    shared = SharedDirectory(home)
-    shared.make()
-    command = confined(BUSYBOX, [], shared.path, seen, console=home / "console")
-    # busybox tells by its name what it is to be.
-    return [*command[: command.index("--") + 2], f"{home}/sh", "-c", script]
-
-
-def confined_process(home: Path, script: str, seen: list[Seen]) -> Process:
-    return spawn(confine(home, script, seen), output=home / "log")
-
-
-def run_confined(home: Path, script: str, seen: list[Seen]) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(confine(home, script, seen), capture_output=True, check=False, timeout=60)
-
-
-@needs_busybox
-def test_it_sees_its_own_files_and_no_others(tmp_path: Path) -> None:
-    (tmp_path / "image").write_text("memory")
-    (tmp_path / "disk").write_text("before")
-    script = """
-        read word < /memory; echo "memory: $word"
-        for path in /*; do echo "root: $path"; done
-        ls=/proc; [ -e $ls ] && echo seen; [ -e /etc ] && echo seen
-        echo after > /disk0; echo changed > /memory; echo state > /run/state
-    """
-    seen = [Seen("/memory", tmp_path / "image"), Seen("/disk0", tmp_path / "disk", readonly=False)]
-    done = run_confined(tmp_path, script, seen)
-    told = (tmp_path / "console").read_text().splitlines()
-    assert told[0] == "memory: memory"
-    names = {line.removeprefix("root: ") for line in told if line.startswith("root: ")}
-    assert names <= {*("/vmm", "/dev", "/run", "/scratch", "/memory", "/disk0"),
-                     *("/usr", "/lib", "/lib64")}  # fmt: skip
-    assert "seen" not in told
-    assert b"Read-only file system" in done.stderr
-    assert (tmp_path / "image").read_text() == "memory"
-    assert (tmp_path / "disk").read_text() == "after\n"
-    assert (tmp_path / "jail/state").read_text() == "state\n"
-
-
-@needs_busybox
-async def test_it_gives_up_every_power(tmp_path: Path) -> None:
-    process = confined_process(tmp_path, "echo ready; while :; do :; done", [])
-    try:
-        async with asyncio.timeout(60):
-            await _until(tmp_path / "console", "ready")
-        status = Path(f"/proc/{process.identity.pid}/status").read_text().splitlines()
-        facts = dict(line.split(":\t", 1) for line in status if ":\t" in line)
-        assert [facts[name] for name in ("CapPrm", "CapEff", "CapBnd")] == ["0" * 16] * 3
-        assert facts["NoNewPrivs"] == "1"
-        # Found by its VM's directory, as every VMM must be.
-        assert processes_naming(tmp_path) == [process.identity.pid]
-        assert kill_orphans(tmp_path, ()) == [process.identity.pid]
-    finally:
-        await process.kill()
-    assert not any(line.split()[4].startswith(str(tmp_path)) for line in mounts())
-
-
-def mounts() -> list[str]:
-    return Path("/proc/self/mountinfo").read_text().splitlines()
-
-
-async def _until(path: Path, word: str) -> None:
-    from stillframe.host.watch import file_changes
-
-    path.touch()
-    async with file_changes(path) as changed:
-        while word not in path.read_text():
-            await changed.wait()
-            changed.clear()
-
-
-@needs_busybox
-def test_what_is_missing_is_said_in_a_line(tmp_path: Path) -> None:
-    done = run_confined(tmp_path, "echo no", [Seen("/memory", tmp_path / "nowhere")])
-    assert done.returncode == 1
-    assert done.stderr.decode().startswith("no private file tree: mount ")
-    assert len(done.stderr.splitlines()) == 1
-
-
-@needs_busybox
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_an_ordinary_user_gets_one_too(tmp_path: Path) -> None:
-    become = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs"]
-    python = next(
-        (path for path in (sys.executable, "/usr/bin/python3") if _may_run(become, path)), None
-    )
-    if python is None:
-        pytest.skip("an ordinary user may run no Python here")
-    home = Path(subprocess.check_output([*become, "mktemp", "-d", "-p", "/tmp"], text=True).strip())
-    try:
-        home.chmod(0o755)
-        (home / "image").write_text("memory")
-        command = confine(home, "echo $(id -u); read w < /memory; echo $w", [
-            Seen("/memory", home / "image"), Seen("/bin/id", Path(str(BUSYBOX)))
-        ])  # fmt: skip
-        launcher = home / "launch.py"
-        shutil.copy(command[3], launcher)
-        for path in (home / "jail", home / "jail/log", launcher):
-            os.chown(path, 65534, 65534)
-        (home / "console").touch()
-        os.chown(home / "console", 65534, 65534)
-        done = subprocess.run(
-            [*become, python, "-I", "-S", launcher, *command[4:]],
-            capture_output=True, check=False, timeout=60,
-        )  # fmt: skip
-        if b"Operation not permitted" in done.stderr:
-            pytest.skip("this host gives ordinary users no namespaces")
-        assert done.returncode == 0, done.stderr
-        assert (home / "console").read_text().splitlines()[-1] == "memory"
-    finally:
-        shutil.rmtree(home)
-
-
-def _may_run(become: list[str], python: str) -> bool:
-    return (
-        subprocess.run([*become, python, "-c", ""], check=False, capture_output=True).returncode
-        == 0
-    )
 
 
 def test_programs_are_found_on_path_first_then_where_they_were_installed(

@@ -19,14 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from stillframe.host.capture import BufferBudget, MemoryCapture
 from stillframe.host.files import clone, create_sparse
-from stillframe.host.image import open_private
-from stillframe.host.memory import GuestMemory
 from stillframe.host.orphans import kill_orphans, processes_naming
 from stillframe.host.probes import landlock_version
 from stillframe.host.watch import file_changes
-from stillframe.model.errors import VmmFailure
+from stillframe.model.errors import StillframeError, VmmFailure
 from stillframe.model.values import DeviceLimits, Hypervisor
 from stillframe.vmm.cloud_hypervisor.driver import CloudHypervisorDriver
 from stillframe.vmm.cloud_hypervisor.machine import CloudHypervisorMachine
@@ -41,6 +38,7 @@ from stillframe.vmm.driver import (
 from stillframe.vmm.firecracker.driver import FirecrackerDriver
 from stillframe.vmm.over_http import HttpMachine
 from stillframe.vmm.unix_http import Call
+from support.saving import save
 from support.uplinks import Watch, children, hindrance
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
@@ -120,19 +118,8 @@ def fork_of(captured: MachineResources, home: Path) -> MachineResources:
 async def capture(machine: Machine, resources: MachineResources, home: Path) -> MachineResources:
     """Image and devices of a paused VM, as the engine takes them."""
     home.mkdir()
-    clone(resources.memory_image, home / "image")
     clone(resources.disks[0].path, home / "overlay")
-    own = machine.writes_memory
-    await machine.save_devices(home / "devices", home / "image" if own else None)
-    if not own:
-        with (
-            GuestMemory(machine.process.pid, resources.memory_image) as memory,
-            open_private(home / "image") as fd,
-        ):
-            taken = MemoryCapture(memory, fd, incremental=False, budget=BufferBudget(1 << 28))
-            taken.ahead()
-            taken.still()
-            taken.after()
+    await save(machine, resources.memory_image, memory=home / "image", devices=home / "devices")
     return replace(
         resources,
         memory_image=home / "image",
@@ -199,6 +186,107 @@ async def test_memory_goes_on_in_forks_and_their_forks(
     async with running(driver, third) as machine:
         await machine.resume()
         assert (await counted(third, more_than=number))[0] == nonce
+
+
+async def test_snapshot_after_snapshot_is_whole(driver: Driver, tiny: Path, tmp_path: Path) -> None:
+    """Boot, snapshot, fork, two snapshots, one that fails, another one: each is loaded and runs."""
+    source = resources_of(tmp_path / "source", tiny)
+    async with running(driver, source) as machine:
+        nonce, number = await counted(source, more_than=2)
+        await machine.pause()
+        captured = await capture(machine, source, tmp_path / "captured")
+    fork, taken = fork_of(captured, tmp_path / "fork"), []
+    async with running(driver, fork) as machine:
+        for name in ("first", "second", "third", "fourth"):
+            await machine.resume()
+            # A part of a round: the pages of this capture are not those of the last one.
+            number = (await counted(fork, more_than=number + 40))[1]
+            await machine.pause()
+            if name == "third":
+                (tmp_path / "taken").touch()
+                (tmp_path / "never").mkdir()
+                with pytest.raises(StillframeError):
+                    await save(
+                        machine, fork.memory_image,
+                        memory=tmp_path / "never/image", devices=tmp_path / "taken",
+                    )  # fmt: skip
+                continue
+            taken.append((await capture(machine, fork, tmp_path / name), number))
+        await machine.resume()
+        assert (await counted(fork, more_than=number + 300))[0] == nonce
+    for captured, number in taken:
+        again = fork_of(captured, captured.memory_image.with_name("again"))
+        async with running(driver, again) as machine:
+            await machine.resume()
+            assert (await counted(again, more_than=number + 300))[0] == nonce
+
+
+async def test_firecracker_writes_what_its_log_is_relative_to(
+    driver: Driver, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if driver.hypervisor is not Hypervisor.FIRECRACKER:
+        pytest.skip("its memory is read from outside")
+    source = resources_of(tmp_path / "source", tiny)
+
+    async def saved(machine: Machine, name: str) -> str:
+        (tmp_path / name).mkdir()
+        return await save(
+            machine, source.memory_image,
+            memory=tmp_path / name / "image", devices=tmp_path / name / "devices",
+        )  # fmt: skip
+
+    for room in (4 << 20, 256 << 10):  # for a difference of half a MiB
+        monkeypatch.setattr("stillframe.vmm.firecracker.driver._SCRATCH_RESERVE", room)
+        one = FirecrackerDriver(
+            os.environ.get("STILLFRAME_FIRECRACKER_BINARY", "firecracker"), accelerator="kvm",
+            scratch_bytes=0,
+        )  # fmt: skip
+        async with running(one, source) as machine:
+            await counted(source, more_than=20)
+            await machine.pause()
+            names = [f"{name}-{room}" for name in ("boot", "same", "gone", "new")]
+            assert await saved(machine, names[0]) == "difference"
+            assert await saved(machine, names[1]) == "difference"
+            same = [(tmp_path / name / "image").read_bytes() for name in names[:2]]
+            assert same[0] == same[1]  # nothing is connected to its devices
+            (tmp_path / names[1] / "image").unlink()
+            assert await saved(machine, names[2]) == "all"
+            assert (tmp_path / names[2] / "image").read_bytes() == same[0]
+            assert (tmp_path / names[2] / "image").stat().st_blocks * 512 < 8 << 20
+            await machine.close()
+            adopted = await one.adopt(machine.process, source)
+            assert await saved(adopted, names[3]) == "all"
+            assert (tmp_path / names[3] / "image").read_bytes() == same[0]
+            seen = (await counted(source))[1]
+            await adopted.resume()
+            await counted(source, more_than=seen)
+            await adopted.kill()
+
+
+async def test_firecracker_gives_each_load_a_generation_identifier_of_its_own(
+    driver: Driver, tiny: Path, tmp_path: Path
+) -> None:
+    if driver.hypervisor is not Hypervisor.FIRECRACKER:
+        pytest.skip("it has no VMGenID")
+    source = resources_of(tmp_path / "source", tiny)
+    async with running(driver, source) as machine:
+        await counted(source, more_than=2)
+        await machine.pause()
+        captured = await capture(machine, source, tmp_path / "captured")
+    loaded = []
+    for name in ("one", "two"):
+        fork = fork_of(captured, tmp_path / name)
+        async with running(driver, fork) as machine:  # it stands still
+            taken = await capture(machine, fork, tmp_path / f"captured-{name}")
+        loaded.append(taken.memory_image.read_bytes())
+    before = captured.memory_image.read_bytes()
+    for one, other in ((before, loaded[0]), (before, loaded[1]), (loaded[0], loaded[1])):
+        low = 1 << 20  # what ACPI tables describe is below the guest's own memory
+        assert one[low:] == other[low:]
+        differ = [at for at in range(low) if one[at] != other[at]]
+        assert differ
+    # Between the two nothing but that: the identifier has 16 bytes.
+    assert differ[-1] - differ[0] < 16
 
 
 async def test_a_vmm_outlives_us_and_is_adopted(driver: Driver, tiny: Path, tmp_path: Path) -> None:

@@ -241,7 +241,8 @@ async def _main(
         settings.qemu_binary, settings.accelerator, cache_dir,
         firecracker_binary=settings.firecracker_binary,
         cloud_hypervisor_binary=settings.cloud_hypervisor_binary,
-        programs_dir=settings.programs_dir, tracker=settings.tracker_library, fake=fake,
+        programs_dir=settings.programs_dir, tracker=settings.tracker_library,
+        capture_buffer_bytes=settings.capture_buffer_bytes, fake=fake,
     )  # fmt: skip
     engine: EngineInterface = Engine(settings, drivers)
     loop, task = asyncio.get_running_loop(), asyncio.current_task()

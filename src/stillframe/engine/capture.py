@@ -8,6 +8,9 @@
 
 The image below is the one of the last capture of this VMM, if there is one still, so that a second
 snapshot stores what changed since the first; else the one that the VMM maps.
+
+Where the VMM writes memory itself, it does so together with device state, and the image below is
+the one of the moment since which it has noted writes (``vmm/moments.py``).
 """
 
 from __future__ import annotations
@@ -27,14 +30,16 @@ from blake3 import blake3
 from stillframe.engine.context import Context, LiveInstance, Phases, finish
 from stillframe.host.capture import MemoryCapture
 from stillframe.host.files import clone, copy_into, create_sparse, fsync_data, storage_errors
-from stillframe.host.image import open_private
+from stillframe.host.image import drop_zeros, merge_pages, open_private
 from stillframe.host.memory import GuestMemory
+from stillframe.host.runs import Runs
 from stillframe.model.errors import VmmFailure
 from stillframe.model.values import Instance
 from stillframe.store.digests import update_table, write_table
 from stillframe.store.paths import InstancePaths, Payload
 from stillframe.store.payloads import PayloadSize, seal
 from stillframe.store.readers import FileReader
+from stillframe.vmm.moments import MemoryDifference, Moment
 
 OVERLAY = 1  # the writable disk's place among a VM's disks
 T = TypeVar("T")
@@ -42,10 +47,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A sealed payload: its size, and how long the guest stood still (ms)."""
+    """A sealed payload: its size, and how long the guest stood still (ms).
+
+    ``moment`` is the one of the capture, where the VMM notes writes: whoever moves the image to
+    where it stays tells it so.
+    """
 
     size: PayloadSize
     pause_ms: float
+    moment: Moment | None = None
 
 
 async def capture(
@@ -84,13 +94,15 @@ async def capture(
                     size = await one.in_thread(
                         lambda: seal(payload, manifest_facts(instance), tables)
                     )
+                if one.moment is not None:
+                    one.moment.is_kept_in(payload.memory)
             except BaseException:
                 if stay_paused:  # nobody will take it from here: the guest must not stand still
                     await finish(live.machine.resume())
                 raise
         finally:
             await finish(one.close())
-    return Captured(size, pause_ms)
+    return Captured(size, pause_ms, one.moment)
 
 
 class _Capture:
@@ -118,8 +130,12 @@ class _Capture:
         self._budget = context.capture_budget
         self._held = ExitStack()
         self._memory: MemoryCapture | None = None
+        self._below: Moment | None = None
+        self._difference: MemoryDifference | None = None
+        self.moment: Moment | None = None
         self._copying = False
         self._table_below: Path | None = None
+        self._known: str | None = None  # the digest of that table, if it might change
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run blocking ``work`` in the capture's thread."""
@@ -140,8 +156,7 @@ class _Capture:
     def memory_ahead(self) -> None:
         """While the guest runs: the clone of the image below, and what can be copied ahead."""
         if self._machine.writes_memory:
-            self._live.captured = None
-            clone(self._paths.memory, self._payload.memory)
+            self._clone_moment()
             return
         incremental = self._clone_below()
         if not self._context.shares_blocks:  # the clone was a copy: see MemoryCapture on flushing
@@ -156,6 +171,21 @@ class _Capture:
         # Stopping a guest flushes its disks: what is flushed now need not be flushed then.
         fsync_data(self._paths.overlay)
         self._memory.again()  # the guest has had time to write meanwhile
+
+    def _clone_moment(self) -> None:
+        """Clone the image since which the VMM has noted writes; an empty one where that is gone."""
+        moment, memory = self._machine.moment, self._payload.memory
+        image = None if moment is None else moment.image
+        if image is not None:
+            with contextlib.suppress(FileNotFoundError):
+                clone(image, memory)
+                table = image.with_name(f"{image.name}.blake3")
+                known = _digest_of(table)
+                if moment is not None and moment.image == image:  # still: nothing took its place
+                    self._below, self._table_below, self._known = moment, table, known
+                    return
+                memory.unlink()
+        create_sparse(memory, self._paths.memory.stat().st_size)
 
     def _clone_below(self) -> bool:
         """Clone the last capture's image (true), or, if that is gone, the one that is mapped."""
@@ -173,11 +203,21 @@ class _Capture:
     async def pause(self) -> float:
         """Pause, take what is left, resume; the milliseconds the guest stood still."""
         try:
-            return await finish(self._stand_still())
+            return await finish(self._pause())
         except asyncio.CancelledError:
             if self._stay_paused:  # nobody will take it from here
                 await finish(self._machine.resume())
             raise
+
+    async def _pause(self) -> float:
+        if not self._machine.saving_hangs_up:
+            return await self._stand_still()
+        if self._live.greeting is not None:  # or a fork would never be made itself
+            await asyncio.wait([self._live.greeting])
+        try:
+            return await self._stand_still()
+        finally:
+            await self._live.hang_up("this hypervisor does so when memory is captured")
 
     async def _stand_still(self) -> float:
         began = time.perf_counter()
@@ -210,13 +250,17 @@ class _Capture:
 
     async def _take_memory(self) -> None:
         with self._phases.measure("devices"):
-            image = self._payload.memory if self._machine.writes_memory else None
-            await self._machine.save_devices(self._payload.devices, image)
+            if self._machine.writes_memory:
+                self._difference = await self._machine.save_devices(
+                    self._payload.devices, self._payload.memory, self._below
+                )
+                self.moment = self._machine.moment
+                return
+            await self._machine.save_devices(self._payload.devices)
         # Only now: saving may still move data between devices and guest memory.
-        if self._memory is None:  # the VMM has written it
-            return
-        with self._phases.measure("read_memory"):
-            await self.in_thread(self._memory.still)
+        if self._memory is not None:
+            with self._phases.measure("read_memory"):
+                await self.in_thread(self._memory.still)
 
     async def _take_disk(self) -> None:
         if self._stay_paused:
@@ -231,6 +275,12 @@ class _Capture:
         """When the guest runs again (or will not): write what was taken."""
         if self._memory is not None:
             self._memory.after()
+        elif self._difference is not None:
+            with open_private(self._payload.memory) as fd:
+                merge_pages(self._difference.fd, self._difference.runs, fd)
+        else:  # the VMM has written into it, zeros too
+            with open_private(self._payload.memory) as fd:
+                drop_zeros(fd)
         if self._stay_paused:  # its own disk is part of the capture, and no copy is made of it
             fsync_data(self._paths.overlay)
 
@@ -239,19 +289,36 @@ class _Capture:
         memory = self._payload.memory
         table = self._payload.table(memory.name)
         with FileReader(memory) as image:
-            below = self._table_below
-            if self._memory is None or below is None or not below.exists():
+            below, runs, known = self._table_below, self._changed(), None
+            if below is not None and runs is not None:
+                known = _digest_of(below)
+            # A table that was another one when its image was cloned is of another image by now.
+            if below is None or runs is None or known is None or self._known not in (None, known):
                 return {memory.name: write_table(image, table)}
-            known = blake3(below.read_bytes()).hexdigest()
-            changed = ((start, end - start) for runs in self._memory.changed for start, end in runs)
+            changed = ((start, end - start) for some in runs for start, end in some)
             return {memory.name: update_table(image, table, below, known, changed)}
+
+    def _changed(self) -> list[Runs] | None:
+        """What differs from the image below; None if that is not known."""
+        if self._memory is not None:
+            return self._memory.changed
+        return None if self._difference is None else [self._difference.runs]
 
     async def close(self) -> None:
         """Close what was opened."""
+        if self._difference is not None:
+            self._held.callback(self._difference.close)
         await self.in_thread(self._held.close)
         if self._copying:
             with contextlib.suppress(VmmFailure):  # a VMM that is gone holds nothing open
                 await self._machine.end_disk_copy(OVERLAY)
+
+
+def _digest_of(table: Path) -> str | None:
+    """The BLAKE3 of a digest table in hex; None if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        return blake3(table.read_bytes()).hexdigest()
+    return None
 
 
 def manifest_facts(instance: Instance) -> dict[str, Any]:

@@ -101,6 +101,12 @@ class LiveInstance:
     dialling: asyncio.Lock = field(default_factory=asyncio.Lock)
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
+    async def hang_up(self, why: str) -> None:
+        """Close the connection to the agent: what goes on over it fails, and the next is new."""
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            await connection.close(why)
+
 
 class Context:
     """Shared state of the engine. Every part is used from the event loop's thread only."""

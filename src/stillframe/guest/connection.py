@@ -275,12 +275,13 @@ class AgentConnection:
         except ValueError as error:
             raise GuestFailure("the request is too large for the guest agent") from error
 
-    async def close(self) -> None:
-        """End the session and the stream; open channels fail. Idempotent.
+    async def close(self, why: str | None = None) -> None:
+        """End the session and the stream; open channels fail, and say ``why``. Idempotent.
 
         What the guest has not taken yet is dropped: it may never take it.
         """
-        self._lose(GuestFailure("the connection to the guest agent was closed"))
+        reason = "the connection to the guest agent was closed"
+        self._lose(GuestFailure(f"{reason}: {why}" if why else reason))
         if self._pump:
             self._pump.cancel()
             await asyncio.gather(self._pump, return_exceptions=True)

@@ -6,13 +6,14 @@ An image below others is never written: see ``open_private``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from stillframe.host.files import punch_hole, share_by_page
+from stillframe.host.files import data_extents, punch_hole, share_by_page
 from stillframe.host.memory import PAGE, GuestMemory, make_buffer
 from stillframe.host.runs import Runs
 from stillframe.model.errors import HostFailure
@@ -96,6 +97,59 @@ def copy_pages(memory: GuestMemory, runs: Runs, fd: int, *, compare: bool = Fals
     finally:
         buffer.close()
     return report
+
+
+def merge_pages(source: int, runs: Runs, fd: int) -> WriteReport:
+    """Copy pages that lie at their own places in the open file ``source`` to the image.
+
+    A few MiB at a time. Does not fsync. Raises OSError.
+    """
+    report = WriteReport()
+    buffer = make_buffer(min(_PIECE, runs.total))
+    try:
+        for piece in runs.pieces(_PIECE):
+            with memoryview(buffer) as view:
+                position = 0
+                for start, end in piece:
+                    with view[position : position + end - start] as part:
+                        _read_all(source, part, start)
+                    position += end - start
+            report += write_pages(fd, piece, buffer)
+    finally:
+        buffer.close()
+    return report
+
+
+def drop_zeros(fd: int) -> int:
+    """Make holes of the pages of an image that are zeros but take space; the bytes dropped.
+
+    Does not fsync. Raises OSError.
+    """
+    dropped = 0
+    size = os.fstat(fd).st_size
+    buffer = make_buffer(min(_PIECE, size))
+    try:
+        for piece in Runs.of(data_extents(fd, size)).pieces(_PIECE):
+            for start, end in piece:
+                with memoryview(buffer) as view, view[: end - start] as part:
+                    _read_all(fd, part, start)
+                for kind, low, high in _sorted_pages(buffer, 0, end - start, None):
+                    if kind == "zero":
+                        punch_hole(fd, start + low, high - low)
+                        dropped += high - low
+    finally:
+        buffer.close()
+    return dropped
+
+
+def _read_all(fd: int, into: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(into):
+        with into[done:] as rest:
+            read = os.preadv(fd, [rest], offset + done)
+        if read == 0:
+            raise OSError(errno.EIO, "the file is shorter than expected")
+        done += read
 
 
 def _sorted_pages(

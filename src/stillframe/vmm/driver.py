@@ -17,6 +17,7 @@ from uuid import UUID
 
 from stillframe.model.errors import VmmFailure
 from stillframe.model.values import DeviceLimits, Hypervisor, ProcessIdentity
+from stillframe.vmm.moments import MemoryDifference, Moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +152,14 @@ class Machine(Protocol):
     # Set while the VMM has the guest stand still because the file of a disk found no space; it goes
     # on with ``resume``. Never where guests are told of an error instead.
     lacks_space: asyncio.Event
-    # Whether the VMM must write guest memory itself, because it is no private mapping of the
-    # memory image that could be read from outside: see ``save_devices``.
+    # Whether the VMM must write guest memory itself: because it is no private mapping of the memory
+    # image that could be read from outside, or because devices go on writing to it while the vCPUs
+    # stand still, so that only the VMM can write memory and devices of one moment.
     writes_memory: bool
+    # Where ``writes_memory``: since when it has noted what is written; None when nobody knows.
+    moment: Moment | None
+    # Whether saving breaks the stream to the guest's agent, without either end being told.
+    saving_hangs_up: bool
 
     async def status(self) -> MachineStatus:
         """Ask the VMM what its guest is doing."""
@@ -164,11 +170,16 @@ class Machine(Protocol):
     async def resume(self) -> None:
         """Let the vCPUs run (on)."""
 
-    async def save_devices(self, destination: Path, memory: Path | None = None) -> None:
+    async def save_devices(
+        self, destination: Path, memory: Path | None = None, since: Moment | None = None
+    ) -> MemoryDifference | None:
         """Write device state without RAM, of a paused guest, to a new file. Not fsynced.
 
-        Where ``writes_memory``, ``memory`` is a clone of the image that the VMM was started with,
-        and on return it is the guest's memory as it stands.
+        Where ``writes_memory``, ``memory`` is a file of the memory's size that nobody else uses: a
+        clone of the image of the moment ``since``, or all holes and no moment. On return it is the
+        guest's memory at the moment of the devices, once the difference that is returned is laid
+        over it; None when it is that already. ``moment`` is a new one then, without an image; after
+        a failure it may be None. The caller closes the difference.
         """
 
     async def begin_disk_copy(self, index: int, copy: Path) -> bool:
@@ -201,6 +212,14 @@ class Machine(Protocol):
 
     async def close(self) -> None:
         """Drop our connections and leave the VMM running."""
+
+
+class ReadFromOutside:
+    """A base for machines whose memory is read from outside, and whose agent hears no saving."""
+
+    writes_memory = False
+    moment: Moment | None = None
+    saving_hangs_up = False
 
 
 class NoDiskCopies:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stillframe.host.programs import find_program
+from stillframe.model.units import MIB
 from stillframe.vmm.cloud_hypervisor.driver import CloudHypervisorDriver
 from stillframe.vmm.driver import Driver
 from stillframe.vmm.firecracker.driver import FirecrackerDriver
@@ -22,13 +23,15 @@ def make_drivers(
     cloud_hypervisor_binary: str = "cloud-hypervisor",
     programs_dir: Path | None = None,
     tracker: Path | None = None,
+    capture_buffer_bytes: int = 512 * MIB,
     fake: bool = False,
 ) -> list[Driver]:
     """All drivers, each of which finds out for itself whether it can work here.
 
     ``accelerator`` is auto, kvm or tcg; ``cache_dir`` keeps slow findings for the next start, if it
     is given; ``programs_dir`` is where ``stillframe setup`` installs hypervisors;
-    ``tracker`` is the library that has writes to guest memory tracked.
+    ``tracker`` is the library that has writes to guest memory tracked; ``capture_buffer_bytes``
+    bounds the host memory that each VMM which writes its guest's memory takes for that.
     The fake hypervisor runs no guest kernel and is only there when asked for by name.
     """
 
@@ -45,7 +48,9 @@ def make_drivers(
         )
         for hypervisor in BOARDS
     ]
-    drivers.append(FirecrackerDriver(program(firecracker_binary)))
+    drivers.append(
+        FirecrackerDriver(program(firecracker_binary), scratch_bytes=capture_buffer_bytes)
+    )
     drivers.append(CloudHypervisorDriver(program(cloud_hypervisor_binary), qemu_binary=qemu_binary))
     drivers.append(VzDriver())
     if fake:

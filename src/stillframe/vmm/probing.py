@@ -14,12 +14,13 @@ from stillframe.model.errors import StillframeError
 from stillframe.model.values import Hypervisor
 from stillframe.vmm.driver import DriverProbe, Limit
 
-_FEATURES = ("fork", "pause", "snapshots", "standby")  # what every driver here offers
+_EVERYWHERE = ("fork", "pause", "snapshots", "standby")  # what every driver here offers
 
 
-def features(limits: frozenset[Limit]) -> tuple[str, ...]:
-    """The contract's feature ids of a driver that can limit this."""
-    return (*(["disk-io-limit"] if Limit.DISK in limits else []), *_FEATURES)
+def features(limits: frozenset[Limit], *more: str) -> tuple[str, ...]:
+    """The contract's feature ids of a driver that can limit this and has ``more`` of them."""
+    limiting = ("disk-io-limit",) if Limit.DISK in limits else ()
+    return tuple(sorted({*_EVERYWHERE, *limiting, *more}))
 
 
 _SHORTEST_REST = 10.0  # seconds after which what was missing is looked for again

@@ -49,6 +49,7 @@ from stillframe.model.values import Hypervisor, Instance, Snapshot, SnapshotKind
 from stillframe.store.paths import Payload
 from stillframe.store.payloads import check, share_memory, without_file
 from stillframe.store.records import Intent
+from stillframe.vmm.moments import Moment
 
 log = logging.getLogger("stillframe.fork")
 _TARGETS: dict[SnapshotKind, tuple[InstanceState, ...]] = {  # the default comes first
@@ -59,12 +60,16 @@ _TARGETS: dict[SnapshotKind, tuple[InstanceState, ...]] = {  # the default comes
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a fork starts from: the instance as it was, its disk, and its memory if it has any."""
+    """What a fork starts from: the instance as it was, its disk, and its memory if it has any.
+
+    ``moment`` is the one at which it was captured for this fork: see ``Captured``.
+    """
 
     template: Instance
     overlay: Path
     memory: Payload | None
     snapshot_id: str | None = None
+    moment: Moment | None = None
 
 
 def target_of(kind: SnapshotKind, wanted: InstanceState | None) -> InstanceState:
@@ -214,9 +219,13 @@ async def fork_instance(
         if context.records.instance_by_name(name) is not None:
             raise name_taken(name)
         source = await _source_of(context, instance, held, phases)
-        return await _fork(
-            context, source, child_of(context, source, ForkRequest(name)), target, phases
-        )
+        child = child_of(context, source, ForkRequest(name))
+        fork = await _fork(context, source, child, target, phases)
+        if source.moment is not None:  # the fork has the only image of this moment
+            paths = context.data.instance(fork.id)
+            at_rest = target is InstanceState.STANDBY
+            source.moment.has_moved_to(paths.standby.memory if at_rest else paths.memory)
+        return fork
 
 
 def check_instance_target(target: InstanceState) -> None:
@@ -241,8 +250,9 @@ async def _source_of(
         held.callback(remove_tree, payload.directory)
         with storage_errors("make room for the capture"):
             payload.directory.mkdir(mode=0o700)
-        await capture(context, instance, context.live_instance(instance), payload, phases)
-        return Source(template, payload.overlay, payload)
+        live = context.live_instance(instance)
+        captured = await capture(context, instance, live, payload, phases)
+        return Source(template, payload.overlay, payload, moment=captured.moment)
     if instance.state is InstanceState.STANDBY:
         await asyncio.to_thread(check, paths.standby)
         return Source(template, paths.overlay, paths.standby)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from stillframe.engine.capture import capture, manifest_facts
 from stillframe.engine.context import Context, Phases, finish
@@ -27,6 +27,16 @@ from stillframe.model.values import (
 from stillframe.store.paths import Payload
 from stillframe.store.payloads import PayloadSize, check, publish, seal, share_memory
 from stillframe.store.records import Intent
+from stillframe.vmm.moments import Moment
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A sealed payload; of a guest that ran, its pause (ms), and see ``Captured``."""
+
+    size: PayloadSize
+    pause_ms: float | None = None
+    moment: Moment | None = None
 
 
 async def snapshot(
@@ -91,7 +101,8 @@ async def _take(
         undo.callback(remove_tree, building.directory)
         with storage_errors("make room for the snapshot"):
             building.directory.mkdir(mode=0o700)
-        size, pause_ms = await _fill(context, instance, building, phases, config)
+        filled = await _fill(context, instance, building, phases, config)
+        size, pause_ms = filled.size, filled.pause_ms
         with phases.measure("publish"), storage_errors("store the snapshot"):
             publish(building, final)
         taken = replace(
@@ -114,6 +125,8 @@ async def _take(
     live = context.live.get(instance.id)
     if live is not None and taken.kind is SnapshotKind.STANDBY:
         live.captured = final
+    if filled.moment is not None:
+        filled.moment.has_moved_to(final.memory)
     context.note(instance.id, f"snapshot {taken.id} ({taken.kind.value}) taken")
     return taken
 
@@ -124,19 +137,19 @@ async def _fill(
     payload: Payload,
     phases: Phases,
     config: CompressionConfig | None,
-) -> tuple[PayloadSize, float | None]:
-    """Put the captured state of the instance into ``payload``; its size and the pause in ms."""
+) -> Filled:
+    """Put the captured state of the instance into ``payload``."""
     if instance.state is InstanceState.RUNNING:
         live = context.live_instance(instance)
         captured = await capture(context, instance, live, payload, phases)
-        return captured.size, captured.pause_ms
+        return Filled(captured.size, captured.pause_ms, captured.moment)
     as_it_is = config is not None and config == instance.standby_compression
     if instance.state is InstanceState.STANDBY and not as_it_is:
         # It may be compressed, but not as this one is to be: begin from the raw image.
         with phases.measure("copy"), storage_errors("copy the instance"):
             await context.expanded.link(context.data.instance(instance.id).standby, payload.memory)
     copying = asyncio.to_thread(_copy_resting, context, instance, payload, phases)
-    return await finish(copying), None  # cancelled, it must not write beside what undoes it
+    return Filled(await finish(copying))  # cancelled, it must not write beside what undoes it
 
 
 def _copy_resting(

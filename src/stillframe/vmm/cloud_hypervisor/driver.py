@@ -73,16 +73,18 @@ class CloudHypervisorDriver:
         """``accelerator``: auto has ``qemu_binary`` try whether KVM runs guests; kvm trusts it."""
         self._binary, self._accelerator, self._qemu = binary, accelerator, qemu_binary
         self._probed = ProbeOnce(self.hypervisor, self._look)
+        self._drains_disks = False
 
     async def probe(self) -> DriverProbe:
         """Find the binary, its version, and whether KVM runs guests."""
         return await self._probed()
 
     async def _look(self) -> DriverProbe:
-        version = ".".join(map(str, await self._examine()))
-        return DriverProbe(
-            self.hypervisor, True, version, "kvm", processor(), features(self.limits)
-        )
+        version = await self._examine()
+        self._drains_disks = version >= api.DRAINS_DISKS
+        text = ".".join(map(str, version))
+        offered = features(self.limits, "vsock")
+        return DriverProbe(self.hypervisor, True, text, "kvm", processor(), offered)
 
     async def _examine(self) -> Version:
         binary = shutil.which(self._binary)
@@ -123,7 +125,7 @@ class CloudHypervisorDriver:
             machine = CloudHypervisorMachine(process, resources)
             undo.push_async_callback(machine.kill)
             try:
-                await configure(machine, spec, resources, disks)
+                await configure(machine, spec, resources, disks, synchronous=not self._drains_disks)
             except VmmFailure as error:
                 check_launch(resources.vmm_log, logged)
                 raise explained(error, resources.vmm_log) from error
@@ -184,10 +186,13 @@ async def configure(
     spec: MachineSpec,
     resources: MachineResources,
     disks: list[str],
+    *,
+    synchronous: bool = False,
 ) -> None:
     """Boot, or restore; ``disks`` are the names of the disks. Raises VmmFailure, DamagedData."""
     if resources.device_state is None:
-        await machine.call(api.create(_configuration(spec, resources, disks)))
+        config = _configuration(spec, resources, disks, synchronous=synchronous)
+        await machine.call(api.create(config))
         await machine.call(api.boot())
         return
     loading = resources.directory / LOADING
@@ -195,13 +200,18 @@ async def configure(
         undo.callback(remove_tree, loading)
         loading.mkdir(mode=0o700)
         saved = await asyncio.to_thread(SavedState, resources.device_state)
-        config = _configuration(spec, resources, disks, mac=saved.mac)
+        config = _configuration(spec, resources, disks, mac=saved.mac, synchronous=synchronous)
         await asyncio.to_thread(saved.unpack, loading, config)
         await machine.call(api.restore(LOADING))
 
 
 def _configuration(
-    spec: MachineSpec, resources: MachineResources, disks: list[str], mac: str | None = None
+    spec: MachineSpec,
+    resources: MachineResources,
+    disks: list[str],
+    *,
+    mac: str | None = None,
+    synchronous: bool = False,
 ) -> dict[str, Any]:
     readonly = [disk.readonly for disk in resources.disks]
     return api.configuration(
@@ -212,6 +222,7 @@ def _configuration(
         tap=TAP if spec.network else None,
         mac=mac or GUEST_MAC,
         confined=landlock_version() >= _LANDLOCK,
+        synchronous=synchronous,
         disk_rate=resources.limits.disk,
         network_rate=resources.limits.download,  # and of uploads: see ``limits``
     )

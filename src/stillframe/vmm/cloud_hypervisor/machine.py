@@ -11,8 +11,9 @@ from stillframe.host.files import remove_tree, storage_errors
 from stillframe.host.process import Process
 from stillframe.model.errors import VmmFailure
 from stillframe.vmm.cloud_hypervisor import api, state
-from stillframe.vmm.driver import MachineResources, MachineStatus
+from stillframe.vmm.driver import MachineResources, MachineStatus, ReadFromOutside
 from stillframe.vmm.logs import EXIT_MARK, log_end, log_size
+from stillframe.vmm.moments import Moment
 from stillframe.vmm.names import remove_names
 from stillframe.vmm.over_http import HttpMachine
 
@@ -28,7 +29,7 @@ _REBOOT_MARK = b"VmReboot"  # Cloud Hypervisor's last word, when it cannot boot 
 _SHUTDOWN_MARK = re.compile(rb'"source": *"vmm",\s*"event": *"shutdown"')
 
 
-class CloudHypervisorMachine(HttpMachine):
+class CloudHypervisorMachine(ReadFromOutside, HttpMachine):
     """One Cloud Hypervisor process. Implements ``Machine``."""
 
     def __init__(self, process: Process, resources: MachineResources) -> None:
@@ -38,11 +39,12 @@ class CloudHypervisorMachine(HttpMachine):
             socket=resources.directory / API, agent=resources.directory / api.VSOCK,
             console_log=resources.console_log,
         )  # fmt: skip
-        self.writes_memory = False
         self._directory, self._vmm_log = resources.directory, resources.vmm_log
         self._logged_before = log_size(resources.vmm_log)
 
-    async def save_devices(self, destination: Path, memory: Path | None = None) -> None:
+    async def save_devices(
+        self, destination: Path, memory: Path | None = None, since: Moment | None = None
+    ) -> None:
         """Write device state (vm.snapshot), which ends where memory would be written.
 
         Raises DamagedData when the state is not as expected, StorageFull.

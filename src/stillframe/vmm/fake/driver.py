@@ -27,8 +27,10 @@ from stillframe.vmm.driver import (
     MachineSpec,
     MachineStatus,
     NoDiskCopies,
+    ReadFromOutside,
 )
 from stillframe.vmm.logs import explained
+from stillframe.vmm.moments import MemoryDifference, Moment
 from stillframe.vmm.probing import features
 from stillframe.vmm.tracking import tracking_environment
 
@@ -37,7 +39,7 @@ _DEADLINE = 30.0  # seconds for an answer; a busy host may take a while to start
 _VERSION = "1"
 
 
-class FakeMachine(NoDiskCopies):
+class FakeMachine(ReadFromOutside, NoDiskCopies):
     """One fake VMM process. Implements ``Machine``."""
 
     def __init__(self, process: Process, directory: Path) -> None:
@@ -45,7 +47,6 @@ class FakeMachine(NoDiskCopies):
         self.process: ProcessIdentity = process.identity
         self.shutdown_reason: str | None = None
         self.lacks_space = asyncio.Event()
-        self.writes_memory = False
         self._process = process
         self._directory = directory
         self._writer: asyncio.StreamWriter | None = None
@@ -113,9 +114,12 @@ class FakeMachine(NoDiskCopies):
         await self._ask("resume")
         self.lacks_space.clear()
 
-    async def save_devices(self, destination: Path, memory: Path | None = None) -> None:
+    async def save_devices(
+        self, destination: Path, memory: Path | None = None, since: Moment | None = None
+    ) -> MemoryDifference | None:
         """Write the spec as device state, of a paused guest, to a new file."""
         await self._ask("save", path=str(destination))
+        return None
 
     async def dial_agent(self) -> AgentStream:
         """Connect to the agent's socket."""
@@ -161,6 +165,7 @@ class FakeDriver:
     """The fake hypervisor. Implements ``Driver``."""
 
     hypervisor = Hypervisor.FAKE
+    machine: type[FakeMachine] = FakeMachine
     # It has no devices that could be too fast; limits are taken, kept and told like others.
     limits = frozenset({Limit.DISK, Limit.BANDWIDTH})
 
@@ -180,7 +185,7 @@ class FakeDriver:
         async with contextlib.AsyncExitStack() as undo:
             undo.callback(_remove_sockets, resources.directory)
             process = await asyncio.to_thread(_spawn, spec, resources, self._tracker)
-            machine = FakeMachine(process, resources.directory)
+            machine = self.machine(process, resources.directory)
             undo.push_async_callback(machine.kill)
             try:
                 await machine.open()
@@ -191,7 +196,7 @@ class FakeDriver:
 
     async def adopt(self, process: ProcessIdentity, resources: MachineResources) -> FakeMachine:
         """Take over a process that an earlier server started. Raises VmmFailure."""
-        machine = FakeMachine(adopt(process), resources.directory)
+        machine = self.machine(adopt(process), resources.directory)
         try:
             await machine.open()
         except BaseException:

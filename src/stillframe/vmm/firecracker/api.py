@@ -17,9 +17,13 @@ from stillframe.vmm.vsock import GUEST_CID
 Version = tuple[int, int, int]
 
 VSOCK_OVERRIDE: Version = (1, 16, 0)
-CLOCK_REALTIME: Version = (1, 16, 0)
+CLOCK_REALTIME: Version = (1, 14, 4)  # in 1.15 from 1.15.1 on; 1.15.0 is refused
 TRACK_DIRTY_PAGES: Version = (1, 13, 0)  # before: enable_diff_snapshots
-RESIDENT_PAGES: Version = (1, 13, 0)  # a diff without dirty tracking: see ``create_snapshot``
+# From here on the vsock device takes nothing from the host after a resume until its guest has
+# acknowledged a reset of the transport (devices/virtio/vsock/device.rs, ``kick``).
+RESET_AWAITED: Version = (1, 16, 0)
+# KvmVmError::ClockRealtimeNotInState: KVM could not tell the time when the state was saved.
+NO_CLOCK_IN_STATE = "clock_realtime requested but not present in the snapshot state"
 NETWORK_INTERFACE = "eth0"
 
 
@@ -41,12 +45,12 @@ class RateLimit:
 
 
 def machine_config(spec: MachineSpec) -> Call:
-    """vCPUs and memory (MiB); memory is ordinary, not huge pages, so that forks can share it."""
+    """vCPUs and memory (MiB), of ordinary pages, so that forks can share it; writes are noted."""
     body = {
         "vcpu_count": spec.vcpus,
         "mem_size_mib": spec.memory_bytes >> 20,
         "smt": False,
-        "track_dirty_pages": False,
+        "track_dirty_pages": True,
     }
     return Call("PUT", "/machine-config", body)
 
@@ -154,11 +158,11 @@ def shape() -> Call:
 
 
 def create_snapshot(state: str, memory: str, *, diff: bool) -> Call:
-    """Write device state and memory.
+    """Write device state and memory, in one step of Firecracker's event loop.
 
-    ``diff`` leaves out the pages that were not dirtied since that is tracked. Where it is not
-    tracked, those that are not in memory (mincore(2)), which of anonymous memory without swap are
-    those that nobody ever wrote.
+    ``diff`` leaves out the pages that were not dirtied since the last snapshot, the boot or the
+    load. The file may be there already, of the memory's size; pages that are left out stay as they
+    are. Both files are flushed to the device.
     """
     body = {
         "snapshot_type": "Diff" if diff else "Full",
@@ -175,11 +179,13 @@ def load_snapshot(
     *,
     vsock_path: str,
     taps: Mapping[str, str] | None = None,
+    clock: bool = True,
 ) -> Call:
     """Load a snapshot and stand still; ``memory`` is mapped privately, so that forks share it.
 
     ``taps`` are host devices by interface, whatever names the snapshot has. Dirty pages are
-    tracked, so that a later ``diff`` is small. What a version cannot do is not asked of it.
+    tracked, so that a ``diff`` can follow. ``clock`` moves the guest's clock on by the time that it
+    was away; the state must have it. What a version cannot do is not asked of it.
     """
     body: dict[str, Any] = {
         "snapshot_path": state,
@@ -193,6 +199,6 @@ def load_snapshot(
         ]
     if version >= VSOCK_OVERRIDE:
         body["vsock_override"] = {"uds_path": vsock_path}
-    if version >= CLOCK_REALTIME:
+    if clock and version >= CLOCK_REALTIME:
         body["clock_realtime"] = True
     return Call("PUT", "/snapshot/load", body)

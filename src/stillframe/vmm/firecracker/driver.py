@@ -1,8 +1,8 @@
 """Firecracker (1.12 and newer) over its API socket.
 
-A VM that was loaded is a private mapping of its memory image, like every other of ours: its dirty
-pages are read from outside, and Firecracker is asked for device state only. After a cold boot its
-memory is anonymous, and Firecracker writes all of it.
+A VM that was loaded is a private mapping of its memory image, like every other of ours, so forks
+share it; one that was booted has anonymous memory. Firecracker itself writes what of it has changed
+(``machine.py``).
 
 Each Firecracker lives in a file tree of its own (``isolation.py``).
 """
@@ -15,6 +15,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from platform import machine as architecture
 
 from stillframe.host.capacity import processor
 from stillframe.host.process import Process, adopt, run, spawn
@@ -36,6 +37,7 @@ from stillframe.vmm.isolation.command import (
 )
 from stillframe.vmm.kernel import uncompressed_kernel
 from stillframe.vmm.logs import explained, log_size
+from stillframe.vmm.moments import Moment
 from stillframe.vmm.probing import ProbeOnce, features
 from stillframe.vmm.unix_http import Call
 from stillframe.vmm.versions import refuse_known_bad
@@ -49,7 +51,8 @@ _KERNEL, _INITRD, _LOADED, _IMAGE = "/kernel", "/initrd", "/devices", "/memory"
 # error. The last of several such arguments counts.
 _RESET = "reboot=k"
 _NO_INITRD = Path("/dev/null")
-_SCRATCH_RESERVE = 1 << 20  # bytes beyond the guest's memory
+_SCRATCH = 512 << 20  # bytes, for the difference that a snapshot writes during the pause
+_SCRATCH_RESERVE = 4 << 20  # bytes for device state
 
 
 class FirecrackerDriver:
@@ -63,9 +66,14 @@ class FirecrackerDriver:
         binary: str = "firecracker",
         *,
         accelerator: str = "auto",
+        scratch_bytes: int = _SCRATCH,
     ) -> None:
-        """``accelerator``: auto tries whether KVM runs guests; kvm trusts it."""
+        """``accelerator``: auto tries whether KVM runs guests; kvm trusts it.
+
+        ``scratch_bytes`` bounds the host memory that a snapshot of a VM takes during its pause.
+        """
         self._name, self._accelerator = binary, accelerator
+        self._scratch_bytes = scratch_bytes
         self._probed = ProbeOnce(self.hypervisor, self._look)
         self._binary = ""
         self._version: api.Version | None = None
@@ -77,7 +85,8 @@ class FirecrackerDriver:
     async def _look(self) -> DriverProbe:
         version = self._version = await self._examine()
         text = ".".join(map(str, version))
-        return DriverProbe(self.hypervisor, True, text, "kvm", processor(), features(self.limits))
+        offered = features(self.limits, "vsock")
+        return DriverProbe(self.hypervisor, True, text, "kvm", processor(), offered)
 
     async def _examine(self) -> api.Version:
         found = find_program(self._name)
@@ -104,54 +113,74 @@ class FirecrackerDriver:
             raise MissingComponent(f"Firecracker is not available: {probe.reason}", hint=probe.hint)
         uplink = find_uplink() if spec.network else None
         check_shape(spec, resources.memory_image)
+        clock = architecture() == "x86_64"  # others have none to move (builder.rs)
+        try:
+            return await self._start(self._version, spec, resources, uplink=uplink, clock=clock)
+        except VmmFailure as error:
+            if not clock or api.NO_CLOCK_IN_STATE not in error.message:
+                raise
+        return await self._start(self._version, spec, resources, uplink=uplink, clock=False)
+
+    async def _start(
+        self,
+        version: api.Version,
+        spec: MachineSpec,
+        resources: MachineResources,
+        *,
+        uplink: str | None,
+        clock: bool,
+    ) -> FirecrackerMachine:
         logged = log_size(resources.vmm_log)
         shared = SharedDirectory(resources.directory)
         async with contextlib.AsyncExitStack() as undo:
             undo.callback(_remove, shared)
             await asyncio.to_thread(shared.make)
             seen = await asyncio.to_thread(_seen, resources)
+            scratch = min(spec.memory_bytes, self._scratch_bytes) + _SCRATCH_RESERVE
             process = await asyncio.to_thread(
-                _spawn, self._binary, spec, resources, shared, seen, uplink=uplink
+                _spawn,
+                self._binary,
+                resources,
+                shared,
+                seen,
+                scratch_bytes=scratch,
+                uplink=uplink,
             )
             undo.push_async_callback(process.kill)
             try:
                 await _until_listening(process, shared)
-                machine = self._machine(process, resources, self._version)
+                machine = FirecrackerMachine(
+                    process, shared, version,
+                    moment=Moment(resources.memory_image),
+                    told_of_reset=resources.device_state is not None,
+                    console_log=resources.console_log, vmm_log=resources.vmm_log,
+                )  # fmt: skip
                 undo.push_async_callback(machine.kill)
-                await _configure(machine, self._version, spec, resources)
+                await _configure(machine, version, spec, resources, clock=clock)
             except VmmFailure as error:
                 check_launch(resources.vmm_log, logged)
                 raise explained(error, shared.log, resources.vmm_log, once_more=True) from error
             undo.pop_all()
         return machine
 
-    @staticmethod
-    def _machine(
-        process: Process,
-        resources: MachineResources,
-        version: api.Version,
-        *,
-        loaded: bool | None = None,
-    ) -> FirecrackerMachine:
-        return FirecrackerMachine(
-            process, SharedDirectory(resources.directory), version,
-            loaded=resources.device_state is not None if loaded is None else loaded,
-            console_log=resources.console_log, vmm_log=resources.vmm_log,
-        )  # fmt: skip
-
     async def adopt(
         self, process: ProcessIdentity, resources: MachineResources
     ) -> FirecrackerMachine:
-        """Take over a Firecracker that an earlier server started. Raises VmmFailure."""
+        """Take over a Firecracker that an earlier server started. Raises VmmFailure.
+
+        Nobody knows since when it has noted writes.
+        """
         try:
             adopted = adopt(process)
         except VmmFailure:  # nobody else would remove what it left
             await asyncio.to_thread(_remove, SharedDirectory(resources.directory))
             raise
         try:
-            loaded = await asyncio.to_thread(_maps, process.pid, resources.memory_image)
             # The running one may be older than what is installed by now: it says itself.
-            machine = self._machine(adopted, resources, api.RESIDENT_PAGES, loaded=loaded)
+            machine = FirecrackerMachine(
+                adopted, SharedDirectory(resources.directory), api.RESET_AWAITED,
+                console_log=resources.console_log, vmm_log=resources.vmm_log,
+            )  # fmt: skip
             try:
                 machine.version = _parsed(await machine.call(api.describe()))
             except BaseException:
@@ -204,18 +233,17 @@ def _seen(resources: MachineResources) -> list[Seen]:
 
 def _spawn(
     binary: str,
-    spec: MachineSpec,
     resources: MachineResources,
     shared: SharedDirectory,
     seen: list[Seen],
     *,
+    scratch_bytes: int,
     uplink: str | None,
 ) -> Process:
     arguments = ["--api-sock", shared.API, "--log-path", shared.LOG, "--level", "Info"]
     command = confined(
         binary, arguments, shared.path, seen,
-        scratch_bytes=spec.memory_bytes + _SCRATCH_RESERVE,
-        console=resources.console_log, uplink=uplink,
+        scratch_bytes=scratch_bytes, console=resources.console_log, uplink=uplink,
     )  # fmt: skip
     return spawn(command, output=resources.vmm_log)
 
@@ -225,6 +253,8 @@ async def _configure(
     version: api.Version,
     spec: MachineSpec,
     resources: MachineResources,
+    *,
+    clock: bool = True,
 ) -> None:
     """Boot; or load, and refuse a VM that is not of the shape that it should have."""
     if resources.device_state is None:
@@ -233,7 +263,9 @@ async def _configure(
         return
     taps = {api.NETWORK_INTERFACE: TAP} if spec.network else {}
     await machine.call(
-        api.load_snapshot(version, _LOADED, _IMAGE, vsock_path=SharedDirectory.AGENT, taps=taps)
+        api.load_snapshot(
+            version, _LOADED, _IMAGE, vsock_path=SharedDirectory.AGENT, taps=taps, clock=clock
+        )
     )
     shape = await machine.call(api.shape())
     found = (shape["vcpu_count"], shape["mem_size_mib"] << 20)
@@ -320,13 +352,3 @@ def _listens(path: Path) -> bool:
 def _remove(shared: SharedDirectory) -> None:
     with contextlib.suppress(OSError):
         shared.remove()
-
-
-def _maps(pid: int, image: Path) -> bool:
-    """Whether the process maps the image: it was loaded, not booted."""
-    try:
-        status = image.stat()
-        maps = Path(f"/proc/{pid}/maps").read_text()
-    except OSError:
-        return False
-    return any(line.split()[4] == str(status.st_ino) for line in maps.splitlines())

@@ -1,12 +1,14 @@
 """The private file tree of one Firecracker: which files it sees, under which names.
 
 The names inside (``/memory``, ``/disk0`` ...) are the same in every VM. ``/run`` is a directory of
-the VM that host and VMM share: sockets, and what a snapshot writes. ``vmm/isolation`` makes it.
+the VM that host and VMM share, for its sockets; ``/scratch`` is memory, for what a snapshot writes.
+``vmm/isolation`` makes it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import struct
 from dataclasses import dataclass
@@ -33,6 +35,25 @@ class Seen:
     readonly: bool = True
 
 
+class Scratch:
+    """``/scratch`` of a VM: a file system in memory, which is gone with the VMM.
+
+    It is reached by the process's own root (proc(5)). No link that the VMM put there is followed.
+    """
+
+    STATE, MEMORY = "/scratch/state", "/scratch/memory"
+
+    @staticmethod
+    def open(pid: int) -> int:
+        """An open directory. Raises OSError, also when the process is gone."""
+        kind = os.O_DIRECTORY | os.O_CLOEXEC
+        root = os.open(f"/proc/{pid}/root", os.O_PATH | kind)
+        try:
+            return os.open("scratch", os.O_RDONLY | os.O_NOFOLLOW | kind, dir_fd=root)
+        finally:
+            os.close(root)
+
+
 class SharedDirectory:
     """``/run`` of a VM as the host sees it: ``jail`` in the VM's directory.
 
@@ -42,9 +63,7 @@ class SharedDirectory:
     API = "/run/api.sock"
     AGENT = "/run/vsock.sock"
     LOG = "/run/log"
-    STATE = "/run/state"
-    MEMORY = "/run/memory"
-    SCRATCH = "/scratch/memory"  # not shared, and gone with the VMM
+    MEMORY = "/run/memory"  # a file of ours, while a snapshot is written into it
 
     def __init__(self, vm: Path) -> None:
         """``vm`` is the VM's directory."""
@@ -52,7 +71,6 @@ class SharedDirectory:
         self.api = self.path / "api.sock"
         self.agent = self.path / "vsock.sock"
         self.log = self.path / "log"
-        self.state = self.path / "state"
         self.memory = self.path / "memory"
 
     def make(self) -> None:

@@ -118,7 +118,8 @@ def _enter(root: str, scratch_bytes: str, entries: list[list[str]]) -> None:
     """Mount an empty file system, bind into it what is named, and make it the root."""
     _mount("none", "/", "", _RECURSIVE | _PRIVATE)
     shared = os.open(root, os.O_PATH | os.O_DIRECTORY)
-    _mount("none", root, "tmpfs", 0, f"mode=700,size={scratch_bytes}")
+    # By single pages, so that the extents of a file are the pages that were written to it.
+    _mount("none", root, "tmpfs", 0, f"mode=700,huge=never,size={scratch_bytes}")
     os.mkdir(f"{root}/run", 0o700)  # noqa: PTH102
     # The directory that the file system has just hidden: host and VMM share it.
     _mount(f"/proc/self/fd/{shared}", f"{root}/run", "", _BIND)

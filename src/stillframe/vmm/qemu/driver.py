@@ -30,9 +30,11 @@ from stillframe.vmm.driver import (
     MachineResources,
     MachineSpec,
     MachineStatus,
+    ReadFromOutside,
     check_shape,
 )
 from stillframe.vmm.logs import explained
+from stillframe.vmm.moments import Moment
 from stillframe.vmm.probing import ProbeOnce, features
 from stillframe.vmm.qemu.boards import BOARDS
 from stillframe.vmm.qemu.command import QemuBuild, command_line
@@ -77,7 +79,7 @@ class _Sockets:
                 path.unlink(missing_ok=True)
 
 
-class QemuMachine:
+class QemuMachine(ReadFromOutside):
     """One QEMU process. Implements ``Machine``."""
 
     def __init__(self, process: Process, sockets: _Sockets) -> None:
@@ -85,7 +87,6 @@ class QemuMachine:
         self.process: ProcessIdentity = process.identity
         self.shutdown_reason: str | None = None
         self.lacks_space = asyncio.Event()
-        self.writes_memory = False
         self._process = process
         self._sockets = sockets
         self._qmp = QmpConnection(f"pid {process.identity.pid}", self._on_event)
@@ -158,7 +159,9 @@ class QemuMachine:
         """Let the vCPUs run (QMP cont)."""
         await self._qmp.execute("cont")
 
-    async def save_devices(self, destination: Path, memory: Path | None = None) -> None:
+    async def save_devices(
+        self, destination: Path, memory: Path | None = None, since: Moment | None = None
+    ) -> None:
         """Write device state of a paused guest; ``live=false`` leaves its disks active."""
         await self._qmp.execute("xen-save-devices-state", filename=str(destination), live=False)
 

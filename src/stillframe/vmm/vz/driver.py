@@ -38,6 +38,7 @@ from stillframe.vmm.driver import (
     check_shape,
 )
 from stillframe.vmm.logs import explained, log_end, log_size
+from stillframe.vmm.moments import Moment
 from stillframe.vmm.probing import ProbeOnce, features
 from stillframe.vmm.vsock import AGENT_ARGUMENT, AGENT_VSOCK_PORT, dial_vsock
 from stillframe.vmm.vz.probe import (
@@ -90,6 +91,9 @@ class VzMachine(NoDiskCopies):
         self.shutdown_reason: str | None = None
         self.lacks_space = asyncio.Event()
         self.writes_memory = True
+        # All memory is in every state file; its image stays as empty as it was made.
+        self.moment: Moment | None = Moment(resources.memory_image)
+        self.saving_hangs_up = False
         self._process = process
         self._directory = resources.directory
         self._console, self._log = resources.console_log, resources.vmm_log
@@ -131,7 +135,9 @@ class VzMachine(NoDiskCopies):
         """Let the vCPUs run."""
         await self.ask("resume")
 
-    async def save_devices(self, destination: Path, memory: Path | None = None) -> None:
+    async def save_devices(
+        self, destination: Path, memory: Path | None = None, since: Moment | None = None
+    ) -> None:
         """Write the framework's state file, which holds the memory too, and its trailer.
 
         ``memory`` is left as it is: empty. Raises VmmFailure, StorageFull, HostFailure.
@@ -209,7 +215,11 @@ class VzDriver:
         check_facts(self._facts)
         await ask_framework(self._facts.interpreter)
         return DriverProbe(
-            self.hypervisor, True, self._facts.release, "vz", features=features(self.limits)
+            self.hypervisor,
+            True,
+            self._facts.release,
+            "vz",
+            features=features(self.limits, "vsock"),
         )
 
     async def start(self, spec: MachineSpec, resources: MachineResources) -> VzMachine:
