@@ -103,6 +103,7 @@ async def _take(
             building.directory.mkdir(mode=0o700)
         filled = await _fill(context, instance, building, phases, config)
         size, pause_ms = filled.size, filled.pause_ms
+        wanted = await measured(context, wanted, building)
         with phases.measure("publish"), storage_errors("store the snapshot"):
             publish(building, final)
         taken = replace(
@@ -113,7 +114,7 @@ async def _take(
             timings_ms=phases.total(),
             template=_template(context, instance, wanted.kind),
         )
-        taken = begun(await measured(context, taken), final, config)
+        taken = begun(taken, final, config)
         try:
             context.records.put_snapshot(taken, head=True)
         except NameConflict as error:
