@@ -77,6 +77,8 @@ _ADAPTERS: dict[type, TypeAdapter[Any]] = {
     kind: TypeAdapter(kind) for kind in (Instance, Snapshot, Image, Schedule, Forebear)
 }
 
+_FACTS = TypeAdapter(dict[str, str])
+
 
 def to_json(value: object) -> str:
     """A model value as JSON text."""
@@ -100,6 +102,8 @@ class Records:
         self._connection = sqlite3.connect(database, isolation_level=None, timeout=10)
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
+        # A flipped bit may have made a key no UTF-8; then it matches nothing, which is as it is.
+        self._connection.text_factory = lambda text: text.decode(errors="replace")
         self._owed: list[Statement] = []
         self._migrate()
         self.damaged: list[tuple[str, str]] = []  # (table, id) of unreadable records
@@ -108,12 +112,7 @@ class Records:
         self.schedules = self._load("schedules", Schedule, key="instance_id")
         self.forebears = self._load("forebears", Forebear)
         self._images = {i.name: i for i in self._load("images", Image, key="name").values()}
-        self.intents = {
-            subject: Intent(subject, verb, json.loads(document))
-            for subject, verb, document in self._connection.execute(
-                "SELECT subject, verb, document FROM intents"
-            )
-        }
+        self.intents = self._load_intents()
         self._names = {i.name: i.id for i in self.instances.values()}
 
     def _migrate(self) -> None:
@@ -131,13 +130,35 @@ class Records:
     def _load(self, table: str, kind: type[T], key: str = "id") -> dict[str, T]:
         found: dict[str, T] = {}
         rows = self._connection.execute(
-            f"SELECT {key}, document FROM {table} ORDER BY rowid"  # noqa: S608 - constants only
+            # As bytes: what is no UTF-8 is a damaged record, not one with another letter in it.
+            f"SELECT {key}, CAST(document AS BLOB) "  # noqa: S608 - constants only
+            f"FROM {table} ORDER BY rowid"
         )
         for identifier, document in rows:
             try:
-                found[identifier] = from_json(kind, document)
+                value = from_json(kind, document)
             except DamagedData:
                 self.damaged.append((table, identifier))
+                continue
+            if getattr(value, key) == identifier:
+                found[identifier] = value
+            else:
+                self.damaged.append((table, identifier))
+        return found
+
+    def _load_intents(self) -> dict[str, Intent]:
+        """The journal. One whose facts cannot be read has none: subject and verb stand apart."""
+        rows = self._connection.execute(
+            "SELECT subject, verb, CAST(document AS BLOB) FROM intents ORDER BY rowid"
+        )
+        found = {}
+        for subject, verb, document in rows:
+            try:
+                facts = _FACTS.validate_json(document)
+            except ValidationError:
+                log.error("the facts of %s of %s cannot be read", verb, subject)
+                facts = {}
+            found[subject] = Intent(subject, verb, facts)
         return found
 
     @contextlib.contextmanager

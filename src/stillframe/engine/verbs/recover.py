@@ -1,4 +1,9 @@
-"""Recovery at start: unfinished intents are undone, living VMs adopted, everything else ended."""
+"""Recovery at start: unfinished intents are undone, living VMs adopted, everything else ended.
+
+To undo an intent takes its subject and its verb. Its facts only name an image that goes too: where
+they cannot be read, the image stays, which costs room and nothing else. A verb that cannot be read
+tells nothing of what must go and what must stay: the intent and its subject are left as they are.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +32,11 @@ from stillframe.store.records import Intent
 from stillframe.vmm.driver import MachineStatus
 
 log = logging.getLogger("stillframe.recover")
+_INSTANCE_VERBS = ("create", "fork", "delete")
+_VERBS = (
+    *_INSTANCE_VERBS, "snapshot", "import snapshot", "delete snapshot", "restore snapshot",
+    "make image", "delete image",
+)  # fmt: skip
 
 
 async def recover(context: Context) -> None:
@@ -43,6 +53,9 @@ async def recover(context: Context) -> None:
     await asyncio.to_thread(sweep_templates, context.data.templates)
     await asyncio.to_thread(sweep_boot_pairs, context.data.system)
     for intent in list(context.records.intents.values()):
+        if intent.verb not in _VERBS:
+            log.error("%r of %s is left alone: no such verb", intent.verb, intent.subject)
+            continue
         try:
             await asyncio.to_thread(_undo_files, context, intent)
             _undo_image(context, intent)
@@ -74,11 +87,18 @@ def _tell_strangers(context: Context) -> None:
 
 
 def _of_damaged(context: Context) -> set[int]:
-    """The VMMs of instances whose record cannot be read: it may be mended, their memory not."""
-    pids: set[int] = set()
-    for table, identifier in context.records.damaged:
-        if table == "instances" and is_id(identifier):
-            pids.update(processes_naming(context.data.instance(identifier).directory))
+    """The VMMs of instances whose record cannot be read: it may be mended, their memory not.
+
+    Where not even an id can be read, those are all that belong to nothing begun.
+    """
+    data, pids = context.data, set[int]()
+    damaged = [key for table, key in context.records.damaged if table == "instances"]
+    for identifier in filter(is_id, damaged):
+        pids.update(processes_naming(data.instance(identifier).directory))
+    if not all(map(is_id, damaged)):
+        begun = [data.instance(key).directory for key in context.records.intents if is_id(key)]
+        known = {pid for directory in begun for pid in processes_naming(directory)}
+        pids.update(set(processes_naming(data.instances)) - known)
     return pids
 
 
@@ -114,7 +134,7 @@ def _undo_image(context: Context, intent: Intent) -> None:
 
 def _undo_records(context: Context, intent: Intent) -> None:
     log.warning("%s of %s was interrupted; it has been undone", intent.verb, intent.subject)
-    if intent.verb in ("create", "fork", "delete"):
+    if intent.verb in _INSTANCE_VERBS:
         context.records.drop_instance(intent.subject)
     else:
         context.records.fulfil(intent.subject)
