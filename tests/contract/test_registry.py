@@ -25,7 +25,7 @@ class MemoryRecords:
         self.images: dict[str, Image] = {}
         self.intents: dict[str | None, Intent] = {}
 
-    def put(self, image: Image, *, fulfils: str | None = None) -> None:
+    def put(self, image: Image, *, fulfils: str | None = None, can_wait: bool = False) -> None:
         self.fulfil(fulfils)
         self.images[image.name] = image
 

@@ -115,6 +115,25 @@ def test_storage_fails(bench: Bench, fault: Fault) -> None:
         assert tally.points
 
 
+def test_f41_a_full_disk_keeps_no_server_from_starting(bench: Bench) -> None:
+    stage, verb = bench.stage(), VERB["scheduled run"]
+    world, stage.name = stage.world, bench.fresh_name()
+    verb.prepare(stage)
+    world.injector.arm(Fault.KILL, 1, "mkdir */snapshots/.*.new")
+    assert verb.request(stage)[0] == 0
+    # All but opening for writing, where the injector cannot tell what is there from what is new,
+    # and SQLite's shared index (-shm), which gets the blocks again that it gave back just before.
+    world.injector.arm(Fault.FULL, 1, "[!c]*[!m]")
+    world.restart()  # it has a run to settle, and its own address to write down
+    assert world.injector.disarm().struck
+    world.must("PATCH", f"/snapshots/{stage.live}", {"description": "there is room again"})
+    world.must("POST", f"/instances/{stage.subject}/snapshot-schedule/run")
+    assert verb.complete(stage)
+    verb.cleanup(stage)
+    stage.check()
+    world.check_everything()
+
+
 def test_f42_a_disk_that_will_be_full_is_refused_before_the_pause(tmp_path: Path) -> None:
     with running_world(tmp_path, STILLFRAME_LIMITS_MIN_FREE="1000000GB") as world:
         source = world.boot("source", "of-source")

@@ -19,9 +19,7 @@ pytestmark = pytest.mark.timeout(120)
 def flip(data_dir: Path, table: str, column: str, where: str, place: int) -> None:
     """Set the topmost bit of a byte: what was ASCII is no UTF-8 any more."""
     with sqlite3.connect(DataDirectory(data_dir).database) as database:
-        ((text,),) = database.execute(
-            f"SELECT CAST({column} AS BLOB) FROM {table} WHERE {where}"
-        )
+        ((text,),) = database.execute(f"SELECT CAST({column} AS BLOB) FROM {table} WHERE {where}")
         damaged = bytearray(text)
         damaged[place] ^= 0x80
         database.execute(

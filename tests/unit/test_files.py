@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,35 @@ from stillframe.host.files import (
     punch_hole,
     read_exactly,
     storage_errors,
+    supports_reflink,
     write_sparse,
 )
 from stillframe.model.errors import HostFailure, StorageFull
+from support.engine import make_engine
 
 MIB = 1 << 20
+
+
+def test_only_a_refused_clone_means_that_blocks_cannot_be_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(code: int) -> Callable[..., int]:
+        def refuse(*_: object) -> int:
+            raise OSError(code, os.strerror(code))
+
+        return refuse
+
+    context = make_engine(tmp_path).context
+    monkeypatch.setattr("fcntl.ioctl", answer(errno.ENOSPC))
+    assert not context.shares_blocks  # for now
+    with pytest.raises(OSError, match="No space"):
+        supports_reflink(tmp_path)
+    monkeypatch.setattr("fcntl.ioctl", lambda *_: 0)
+    assert context.shares_blocks
+    monkeypatch.setattr("fcntl.ioctl", answer(errno.EOPNOTSUPP))
+    assert not supports_reflink(tmp_path)
+    assert not list(tmp_path.glob(".reflink*"))
+    context.records.close()
 
 
 def test_a_clone_equals_its_source_and_keeps_its_holes(tmp_path: Path) -> None:

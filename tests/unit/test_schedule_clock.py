@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,15 +16,21 @@ from stillframe.engine.engine import Engine
 from stillframe.engine.interface import ForkRequest
 from stillframe.engine.keeping.clock import PATIENCE, BelievedClock
 from stillframe.host.orphans import kill_orphans
-from stillframe.model.errors import NotFound
+from stillframe.model.errors import NotFound, StorageFull
 from stillframe.model.retention import Retention
-from stillframe.model.schedules import ScheduleRequest
+from stillframe.model.schedules import Schedule, ScheduleRequest
 from stillframe.model.states import InstanceState
 from stillframe.model.values import SnapshotKind
 from support.clock import DAY, HOUR, MINUTE, START, SetClock, look, stopped
 from support.engine import make_engine, running
 
 HOURLY = ScheduleRequest(Retention(max_count=3), interval=HOUR)
+
+
+@contextlib.contextmanager
+def full() -> Iterator[Any]:
+    raise StorageFull("the records could not be written")
+    yield
 
 
 @pytest.fixture
@@ -114,6 +122,49 @@ async def test_a_leap_of_a_day_back_delays_no_run_by_a_day(engine: Engine, clock
     assert last in {s.id for s in engine.list_snapshots(source_instance_id=source.id)}
     names = [snapshot.name for snapshot in engine.context.records.snapshots.values()]
     assert names == ["scheduled-20300101-120000-2", "scheduled-20291231-120000"]
+
+
+async def test_a_leap_back_on_a_full_disk_puts_no_run_off(
+    engine: Engine, clock: SetClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = await stopped(engine, "one"), await stopped(engine, "two")
+    for source in (one, two):
+        engine.set_schedule(source.id, HOURLY)
+    await look(engine)
+    clock.leap(-DAY)
+    with monkeypatch.context() as disk:
+        disk.setattr(engine.context.records, "transaction", full)
+        await look(engine)
+    for source in (one, two):
+        assert engine.find_schedule(source.id).next_run_at == START - DAY + HOUR
+    clock.go_on(HOUR)
+    await look(engine)
+    assert {s.source_instance_id for s in engine.list_snapshots()} == {one.id, two.id}
+
+
+async def test_a_schedule_that_cannot_be_set_anew_holds_up_no_other_and_is_tried_again(
+    engine: Engine, clock: SetClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = await stopped(engine, "one"), await stopped(engine, "two")
+    for source in (one, two):
+        engine.set_schedule(source.id, HOURLY)
+    await look(engine)
+    set_anew = engine.scheduler._set_anew
+
+    def but_not_one(schedule: Schedule, now: datetime) -> datetime:
+        if schedule.instance_id == one.id:
+            raise ValueError("not this one")
+        return set_anew(schedule, now)
+
+    clock.leap(-DAY)
+    with monkeypatch.context() as spoilt:
+        spoilt.setattr(engine.scheduler, "_set_anew", but_not_one)
+        await look(engine)
+    expected = START - DAY + HOUR
+    assert engine.find_schedule(one.id).next_run_at == expected + DAY
+    assert engine.find_schedule(two.id).next_run_at == expected
+    await look(engine)
+    assert engine.find_schedule(one.id).next_run_at == expected
 
 
 async def test_a_clock_that_is_slewed_moves_no_run(engine: Engine, clock: SetClock) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from stillframe.engine.context import Context
 from stillframe.engine.keeping.quota import expected_bytes
 from stillframe.engine.machines import foreign_to
 from stillframe.host.files import create_sparse
@@ -406,7 +407,7 @@ def test_state_outlives_an_update_of_macos_and_no_other_hypervisors_version_chan
 async def test_room_is_asked_for_all_of_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stillframe.engine.keeping.quota._clones_are_free", lambda _: False)
+    monkeypatch.setattr(Context, "shares_blocks", False)
     async with open_engine(tmp_path) as engine:
         one = await running_instance(engine)
         assert expected_bytes(engine.context, one) < one.memory_bytes

@@ -108,9 +108,9 @@ def lock_data_dir(data_dir: Path) -> Iterator[None]:
                 hint="stop it first, or give this one its own --data-dir",
                 pid=holder,
             ) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk: who holds it is told for convenience
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
 
 
@@ -307,7 +307,12 @@ def _announce(
     for metrics_url in for_metrics:
         record["metrics_url"] = f"{metrics_url}/metrics"
         _LOG.info("metrics on %s/metrics", metrics_url)
-    _write_private(settings.data_dir / "server.json", json.dumps(record) + "\n")
+    found_by = settings.data_dir / "server.json"
+    try:
+        _write_private(found_by, json.dumps(record) + "\n")
+    except OSError as error:  # a full disk: it serves, but must be told where
+        _LOG.warning("%s cannot be written, so clients need --url %s: %s", found_by, url, error)
+        found_by.unlink(missing_ok=True)  # an earlier server's would lead astray
     instances = len(engine.list_instances())
     took = (time.monotonic() - started) * 1000
     print(
@@ -337,8 +342,12 @@ def _write_private(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.new")
     beside.unlink(missing_ok=True)
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise

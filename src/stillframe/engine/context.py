@@ -114,14 +114,24 @@ class Context:
         self._background: set[asyncio.Task[None]] = set()
         self._boot_pair: BootPair | None = None
         self.closing = False
-        # Whether cloning a file costs nothing in the data directory.
-        self.shares_blocks = supports_reflink(data.root)
+        self._shares_blocks: bool | None = None  # not known yet
         self._loading = 0
         self._few_loading = asyncio.Event()
         self._few_loading.set()
         self._requests = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
+
+    @property
+    def shares_blocks(self) -> bool:
+        """Whether cloning a file costs nothing in the data directory.
+
+        While that cannot be found out, as on a full disk, it is taken for copying.
+        """
+        if self._shares_blocks is None:
+            with contextlib.suppress(OSError):
+                self._shares_blocks = supports_reflink(self.data.root)
+        return bool(self._shares_blocks)
 
     # -- finding ------------------------------------------------------------------------------
     def instance(self, instance_id: str) -> Instance:

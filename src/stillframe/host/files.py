@@ -235,17 +235,17 @@ def write_sparse(fd: int, data: bytes, offset: int) -> None:
 
 
 def supports_reflink(directory: Path) -> bool:
-    """Whether files in ``directory`` can share blocks, found by trying."""
+    """Whether files in ``directory`` can share blocks, found by trying.
+
+    Raises OSError when it cannot be tried, as on a full disk: only a refused clone means no.
+    """
     source, target = directory / ".reflink-probe", directory / ".reflink-probe-clone"
     try:
         source.write_bytes(b"\0" * 4096)
         if sys.platform == "darwin":
             return clone_file(source, target)
         with source.open("rb") as a, target.open("wb") as b:
-            fcntl.ioctl(b, FICLONE, a.fileno())
-        return True
-    except OSError:
-        return False
+            return _shares(a.fileno(), b.fileno())
     finally:
         source.unlink(missing_ok=True)
         target.unlink(missing_ok=True)

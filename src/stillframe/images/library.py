@@ -51,8 +51,11 @@ _BUSY = (ImageStatus.PENDING, ImageStatus.PULLING, ImageStatus.CONVERTING)
 class ImageRecords(Protocol):
     """What the library remembers images in, by name."""
 
-    def put(self, image: Image, *, fulfils: str | None = None) -> None:
-        """Write an image under its name, durably, removing the intent ``fulfils`` with it."""
+    def put(self, image: Image, *, fulfils: str | None = None, can_wait: bool = False) -> None:
+        """Write an image under its name, durably, removing the intent ``fulfils`` with it.
+
+        With ``can_wait`` it is written later if it cannot be now.
+        """
 
     def get(self, name: str) -> Image | None:
         """The image of that name."""
@@ -322,7 +325,8 @@ class ImageLibrary:
         if known is None:  # deleted meanwhile
             return
         if known.status in _BUSY or not self._disk_exists(known.digest):
-            self._records.put(replace(known, status=ImageStatus.FAILED, error=reason))
+            failed = replace(known, status=ImageStatus.FAILED, error=reason)
+            self._records.put(failed, can_wait=True)  # it has happened, also on a full disk
 
     def _disk_exists(self, digest: str) -> bool:
         return bool(digest) and self._disk(digest).is_file()

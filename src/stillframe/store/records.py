@@ -356,15 +356,22 @@ class Records:
         self.schedules.pop(instance_id, None)
 
     # -- images -------------------------------------------------------------------------------
-    def put(self, image: Image, *, fulfils: str | None = None) -> None:
-        """Write an image under its name, removing the intent of subject ``fulfils`` with it."""
-        with self.transaction() as sql:
-            sql.execute(
-                "INSERT OR REPLACE INTO images (name, digest, document) VALUES (?, ?, ?)",
-                (image.name, image.digest, to_json(image)),
-            )
-            if fulfils is not None:
-                sql.execute("DELETE FROM intents WHERE subject = ?", (fulfils,))
+    def put(self, image: Image, *, fulfils: str | None = None, can_wait: bool = False) -> None:
+        """Write an image under its name, removing the intent of subject ``fulfils`` with it.
+
+        With ``can_wait`` it is written later if it cannot be now.
+        """
+        put: Statement = (
+            "INSERT OR REPLACE INTO images (name, digest, document) VALUES (?, ?, ?)",
+            (image.name, image.digest, to_json(image)),
+        )
+        if can_wait:
+            self._now_or_later(put)
+        else:
+            with self.transaction() as sql:
+                sql.execute(*put)
+                if fulfils is not None:
+                    sql.execute("DELETE FROM intents WHERE subject = ?", (fulfils,))
         self._images[image.name] = image
         if fulfils is not None:
             self.intents.pop(fulfils, None)

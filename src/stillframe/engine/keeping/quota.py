@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from pathlib import Path
 
 from stillframe.engine.context import Context
 from stillframe.host.capacity import private_bytes
-from stillframe.host.files import allocated_bytes, available_bytes, storage_errors, supports_reflink
+from stillframe.host.files import allocated_bytes, available_bytes, storage_errors
 from stillframe.model.errors import InsufficientResources, StorageFull
 from stillframe.model.states import InstanceState
 from stillframe.model.units import format_size
@@ -97,13 +95,8 @@ def expected_bytes(context: Context, instance: Instance) -> int:
         else:
             cloned.append(paths.memory)
             written = min(instance.memory_bytes, private_bytes(instance.process.pid))
-    if _clones_are_free(context.data.templates):
+    if context.shares_blocks:
         return written
     with contextlib.suppress(FileNotFoundError):
         written += sum(allocated_bytes(path) for path in cloned)
     return written
-
-
-@functools.cache
-def _clones_are_free(directory: Path) -> bool:
-    return supports_reflink(directory)

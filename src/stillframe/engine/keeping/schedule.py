@@ -176,16 +176,22 @@ class Scheduler:
         """Start everything that is due; seconds until the next look, None if nothing is to come."""
         records, now = self._context.records, self._context.now()
         believed = self.clock.read()
-        went_back = self._times_gone_back != self.clock.times_gone_back
-        self._times_gone_back = self.clock.times_gone_back
+        gone_back: int | None = self.clock.times_gone_back
+        went_back = self._times_gone_back != gone_back
         waits: list[timedelta] = []
         for schedule in list(records.schedules.values()):
-            if schedule.instance_id not in records.instances:
-                due = retain.due_without_instance(self._context, schedule, believed)
-                self._at(schedule.instance_id, due, believed, self._retain, waits)
-            elif not schedule.paused:
-                due = self._set_anew(schedule, now) if went_back else schedule.next_run_at
-                self._at(schedule.instance_id, due, now, self._run_due, waits)
+            try:
+                if schedule.instance_id not in records.instances:
+                    due = retain.due_without_instance(self._context, schedule, believed)
+                    self._at(schedule.instance_id, due, believed, self._retain, waits)
+                elif not schedule.paused:
+                    due = self._set_anew(schedule, now) if went_back else schedule.next_run_at
+                    self._at(schedule.instance_id, due, now, self._run_due, waits)
+            except Exception:  # whatever it is, the other schedules must go on
+                log.exception("the schedule of %s cannot be looked at", schedule.instance_id)
+                gone_back = self._times_gone_back  # for this one it is still to be set anew
+                waits.append(timedelta(seconds=_LONGEST_SLEEP))
+        self._times_gone_back = gone_back
         for snapshot in list(records.snapshots.values()):
             if snapshot.expires_at is not None and not snapshot.pinned:
                 self._at(snapshot.id, snapshot.expires_at, believed, self._expire, waits)
@@ -351,23 +357,24 @@ class Scheduler:
             self._start(key, complete)
             return
         first = schedule.interrupted == 0
-        self._context.records.put_schedule(
-            replace(
-                schedule,
-                pending=None,
-                last_error=_INTERRUPTED,
-                interrupted=schedule.interrupted + 1,
-                # Only once: if it is the run that ends the server, it must not do so for ever.
-                next_run_at=self._context.now() if first else schedule.next_run_at,
-            )
+        settled = replace(
+            schedule,
+            pending=None,
+            last_error=_INTERRUPTED,
+            interrupted=schedule.interrupted + 1,
+            # Only once: if it is the run that ends the server, it must not do so for ever.
+            next_run_at=self._context.now() if first else schedule.next_run_at,
         )
+        # A full disk must not keep a server from starting; the run's own commit says it again.
+        self._context.records.put_schedule(settled, can_wait=True)
 
     def _set_anew(self, schedule: Schedule, now: datetime) -> datetime:
         """The next run after the clock went back: else it would be as far off as that was."""
         if schedule.next_run_at <= latest_plausible(schedule, now):
             return schedule.next_run_at
         anew = replace(schedule, next_run_at=next_slot(schedule, now))
-        self._context.records.put_schedule(anew)
+        # It can wait: a server that never read it finds out by its own first look.
+        self._context.records.put_schedule(anew, can_wait=True)
         return anew.next_run_at
 
 
