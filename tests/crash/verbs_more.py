@@ -27,6 +27,7 @@ from crash.stage import (
     set_warm,
     sleeps,
     snapshot_gone,
+    snapshot_taken,
     take_subject,
     wake_and_delete,
     wakes,
@@ -108,6 +109,12 @@ def _compressed_snapshot(stage: Stage, source: str) -> None:
 def _back_to_past(stage: Stage) -> Answer:
     path = f"snapshots/{stage.facts['snapshot']}/restore"
     return on_subject(path, {"target_state": "Running"})(stage)
+
+
+def _snapshot_uncompressed(stage: Stage) -> Answer:
+    """A snapshot with raw memory of an instance whose own is compressed: it is expanded."""
+    body = {"kind": "Standby", "name": stage.name, "compression": {"enabled": False}}
+    return on_subject("snapshots", body)(stage)
 
 
 def _deleted(stage: Stage) -> bool:
@@ -368,6 +375,8 @@ MORE_VERBS = (
     Verb("standby, compressed", _sleep_compressed, sleeps, fork_subject, wake_and_delete,
          background=True),
     Verb("restore, compressed", on_subject("restore"), wakes, _compressed_sleeper, delete_named),
+    Verb("snapshot of a compressed Standby", _snapshot_uncompressed, snapshot_taken,
+         _compressed_sleeper, delete_both),
     Verb("delete instance in Standby",
          lambda stage: stage.world.request("DELETE", f"/instances/{stage.subject}"),
          _deleted, _compressed_sleeper, delete_named),

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from stillframe.engine.context import Context
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import ForkRequest
+from stillframe.host.files import allocated_bytes
 from stillframe.model.errors import NotFound
 from stillframe.model.states import InstanceState
 from stillframe.model.values import Hypervisor, SnapshotKind
+from support.compressing import compressed
 from support.engine import open_engine, running, traces
 
 pytestmark = pytest.mark.timeout(120)
@@ -53,12 +56,41 @@ async def test_all_reasons_against_a_fork_are_told_at_once(engine: Engine, tmp_p
         await engine.preview_fork("nothing", ForkRequest("fork"))
 
 
-async def test_a_full_disk_is_foreseen(engine: Engine) -> None:
+async def test_a_full_disk_is_foreseen(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Context, "shares_blocks", False)
     source = await running(engine)
     taken = await engine.snapshot(source.id, kind=SnapshotKind.STANDBY)
     object.__setattr__(engine.context.settings, "min_free_bytes", 1 << 60)
     (reason,) = (await engine.preview_fork(taken.id, ForkRequest("fork"))).refused
     assert "kept free" in reason
+
+
+async def test_what_is_expanded_is_told_as_it_will_be_and_refuses_nothing_that_works(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Context, "shares_blocks", True)
+    taken = await compressed(engine)
+    wish = ForkRequest("fork")
+    preview = await engine.preview_fork(taken.id, wish)
+    payload = engine.context.data.snapshot(taken.id)
+    assert 0 < preview.bytes_expanded < taken.template.memory_bytes
+    made = await engine.fork_snapshot(taken.id, wish)
+    image = engine.context.data.instance(made.id).memory
+    assert 0 < allocated_bytes(image) <= preview.bytes_expanded  # frames are counted as a whole
+    object.__setattr__(engine.context.settings, "min_free_bytes", 1 << 60)
+    again = await engine.preview_fork(taken.id, ForkRequest("again"))
+    assert (again.bytes_expanded, again.refused) == (0, ())  # it is there by now
+    asleep = ForkRequest("asleep", target_state=InstanceState.STANDBY)
+    assert (await engine.preview_fork(taken.id, asleep)).bytes_expanded == 0
+    await engine.fork_snapshot(taken.id, ForkRequest("again"))
+    assert not payload.memory.exists()
+
+
+async def test_an_environment_that_would_be_refused_is_told(engine: Engine) -> None:
+    taken = await engine.snapshot((await running(engine)).id, kind=SnapshotKind.STANDBY)
+    wish = ForkRequest("fork", env={"a=b": "c"})
+    (reason,) = (await engine.preview_fork(taken.id, wish)).refused
+    assert "environment" in reason
 
 
 async def test_a_restore_tells_what_it_would_give_up_and_why_not_now(

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from stillframe.engine.context import Context
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import ForkRequest
-from stillframe.host.files import allocated_bytes
+from stillframe.host.files import allocated_bytes, fsync_data
 from stillframe.model.errors import StorageFull
+from stillframe.model.states import InstanceState
 from stillframe.model.units import format_size
-from stillframe.model.values import CompressionState
+from stillframe.model.values import CompressionConfig, CompressionState
 from stillframe.store.payloads import check
 from support.compressing import LIVE, ZSTD, captured, compressed, forked, removed, settled
 from support.engine import ask, make_engine, open_engine, running, traces
@@ -53,6 +55,7 @@ async def test_compressing_that_would_take_the_space_kept_free_is_put_off_with_t
     image = engine.context.data.snapshot(snapshot_id).memory
     assert f"about {format_size(allocated_bytes(image))}" in said
     assert f"{format_size(TOO_MUCH)} are kept free" in said
+    keep_free(engine, 0)
     await forked(engine, engine.find_snapshot(snapshot_id), "fork")  # it is as good as before
 
 
@@ -119,8 +122,9 @@ async def test_a_standby_image_is_tried_again_too(engine: Engine) -> None:
 
 
 async def test_expanding_that_would_take_the_space_kept_free_is_refused_with_the_figures(
-    engine: Engine, tmp_path: Path
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Context, "shares_blocks", True)  # the disk is not what this is about
     snapshot = await compressed(engine)
     source = await engine.stop(snapshot.source_instance_id)
     keep_free(engine, TOO_MUCH)
@@ -143,3 +147,74 @@ async def test_expanding_that_would_take_the_space_kept_free_is_refused_with_the
     again = engine.find_instance("fork")
     assert await ask(engine, again.id, "get", "who") == "source"
     assert snapshot.kind is LIVE
+
+
+async def test_nothing_that_captures_or_copies_takes_the_space_kept_free(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Context, "shares_blocks", False)
+    source = await running(engine)
+    taken = await engine.snapshot(source.id, kind=LIVE)
+    overlay = engine.context.data.snapshot(taken.id).overlay
+    keep_free(engine, TOO_MUCH)
+    pauses = watch_pauses(engine, source.id, monkeypatch)
+    before = traces(tmp_path)
+    for refused in (
+        lambda: engine.standby(source.id),
+        lambda: engine.fork(source.id, name="live", from_running=True),
+        lambda: engine.snapshot(source.id, kind=LIVE),
+        lambda: engine.fork_snapshot(taken.id, ForkRequest("fork")),
+    ):
+        with pytest.raises(StorageFull) as caught:
+            await refused()
+        assert caught.value.facts["min_free_bytes"] == TOO_MUCH
+        assert traces(tmp_path) == before
+    assert caught.value.facts["expected_bytes"] == allocated_bytes(overlay)
+    assert pauses == []  # the guest never stood still
+    await engine.stop(source.id)
+    with pytest.raises(StorageFull):
+        await engine.restore_snapshot(source.id, taken.id)
+    assert engine.find_instance(source.id).state is InstanceState.STOPPED
+    assert engine.context.records.intents == {}
+
+
+def watch_pauses(engine: Engine, instance_id: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The pauses of a guest from now on."""
+    machine, pauses = engine.context.live[instance_id].machine, list[str]()
+    pause = machine.pause
+
+    async def counted() -> None:
+        pauses.append(instance_id)
+        await pause()
+
+    monkeypatch.setattr(machine, "pause", counted)
+    return pauses
+
+
+async def test_the_disk_of_a_standby_is_durable_before_its_record_says_so(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = await running(engine)
+    pauses = watch_pauses(engine, source.id, monkeypatch)
+    overlay = engine.context.data.instance(source.id).overlay
+    flushed: list[int] = []
+
+    def watched(path: Path) -> None:
+        if path == overlay:
+            flushed.append(len(pauses))
+        fsync_data(path)
+
+    monkeypatch.setattr("stillframe.engine.capture.fsync_data", watched)
+    await engine.standby(source.id)
+    assert flushed[-1] == 1  # once more when it stands still: from then on it does not change
+
+
+async def test_an_image_expanded_for_a_raw_snapshot_goes_with_it(engine: Engine) -> None:
+    source = await running(engine)
+    await engine.standby(source.id, compression=ZSTD)
+    async with asyncio.timeout(60):
+        await engine.context.compressor.settled(source.id)
+    raw = await engine.snapshot(source.id, kind=LIVE, compression=CompressionConfig(enabled=False))
+    assert engine.context.data.snapshot(raw.id).memory.exists()
+    await engine.delete_snapshot(raw.id)
+    assert await removed(engine) == []

@@ -230,6 +230,8 @@ class _Capture:
         """When the guest runs again (or will not): write what was taken."""
         if self._memory is not None:
             self._memory.after()
+        if self._stay_paused:  # its own disk is part of the capture, and no copy is made of it
+            fsync_data(self._paths.overlay)
 
     def digest(self) -> dict[str, str]:
         """Make the image's digest table, from the one below where there is one: see ``seal``."""

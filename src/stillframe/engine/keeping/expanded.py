@@ -112,6 +112,18 @@ class ExpandedImages:
         async with self._image(payload, found[0]) as image:
             link_in_place(image, destination)
 
+    async def missing_bytes(self, payload: Payload) -> int:
+        """What ``link`` would have to write: nothing for a raw image, or one expanded already.
+
+        Raises DamagedData, OSError.
+        """
+        found = memory_file(payload)
+        if found is None or found[1] is None:
+            return 0
+        if self.path(await asyncio.to_thread(image_key, payload)).exists():
+            return 0
+        return await asyncio.to_thread(_data_bytes, found[0])
+
     def keep(self, key: str) -> None:
         """Count an image that may have been put here as one of ours, unless nobody maps it."""
         self._known.add(key)

@@ -6,17 +6,17 @@ The verbs stop at the first reason; here all are collected, and nothing is touch
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 from stillframe.engine.context import Context
 from stillframe.engine.interface import ForkRequest
 from stillframe.engine.keeping.interface import RunPreview
 from stillframe.engine.keeping.lineage import family_of, weigh
-from stillframe.engine.keeping.quota import check_free
+from stillframe.engine.keeping.quota import check_free, copied_bytes
 from stillframe.engine.moving.compatibility import image_reasons, machine_reasons
+from stillframe.engine.verbs.create import check_environment
 from stillframe.engine.verbs.fork import name_taken, target_hypervisor_of, target_of
 from stillframe.engine.verbs.restore_snapshot import check_own
-from stillframe.host.files import allocated_bytes
+from stillframe.host.files import storage_errors
 from stillframe.model.errors import StillframeError
 from stillframe.model.states import InstanceState, Verb, permission
 from stillframe.model.units import check_name, check_tags
@@ -33,6 +33,8 @@ async def preview_fork(context: Context, snapshot_id: str, request: ForkRequest)
         async with collected:
             if request.tags is not None:
                 check_tags(request.tags)
+        async with collected:
+            check_environment(request.env)
         async with collected:
             if context.records.instance_by_name(request.name) is not None:
                 raise name_taken(request.name)
@@ -107,13 +109,13 @@ async def _preview(
     payload = context.data.snapshot(snapshot.id)
     async with collected:
         await asyncio.to_thread(check, payload)
-    copied = 0
-    with contextlib.suppress(FileNotFoundError):
-        copied = 0 if context.shares_blocks else allocated_bytes(payload.overlay)
-    packed = snapshot.compressed_size_bytes is not None and not payload.memory.exists()
-    expanded = (snapshot.uncompressed_size_bytes or 0) if packed else 0
+    copied, expanded = copied_bytes(context, payload.overlay), 0
     async with collected:
-        check_free(context, copied + expanded)
+        if target is InstanceState.RUNNING:  # else the memory stays as it is
+            with storage_errors("look at the compressed image"):
+                expanded = await context.expanded.missing_bytes(payload)
+        if copied + expanded:
+            check_free(context, copied + expanded)
     return RunPreview(
         snapshot,
         name=name,

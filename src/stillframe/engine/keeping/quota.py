@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 from stillframe.engine.context import Context
 from stillframe.host.capacity import private_bytes
@@ -80,14 +81,23 @@ def stored_bytes(context: Context) -> int:
     return sum(snapshot.stored_bytes for snapshot in context.records.snapshots.values())
 
 
-def expected_bytes(context: Context, instance: Instance) -> int:
-    """About how many bytes on disk a snapshot of ``instance`` will take now.
+def copied_bytes(context: Context, *files: Path) -> int:
+    """How many bytes on disk clones of the files take: none where blocks can be shared."""
+    if context.shares_blocks:
+        return 0
+    with contextlib.suppress(FileNotFoundError):
+        return sum(allocated_bytes(path) for path in files)
+    return 0
+
+
+def expected_bytes(context: Context, instance: Instance, *, disk: bool = True) -> int:
+    """About how many bytes on disk a capture of ``instance``, its ``disk`` included, takes now.
 
     Clones cost nothing where blocks can be shared, and their data elsewhere; to that come the pages
     that the VMM holds privately, which is what the guest wrote and the VMM's own memory.
     """
     paths = context.data.instance(instance.id)
-    cloned = [paths.overlay]
+    cloned = [paths.overlay] if disk else []
     written = 0
     if instance.state is InstanceState.RUNNING and instance.process is not None:
         if instance.hypervisor.seals_memory:  # all of it is written, and its process has none
@@ -95,8 +105,4 @@ def expected_bytes(context: Context, instance: Instance) -> int:
         else:
             cloned.append(paths.memory)
             written = min(instance.memory_bytes, private_bytes(instance.process.pid))
-    if context.shares_blocks:
-        return written
-    with contextlib.suppress(FileNotFoundError):
-        written += sum(allocated_bytes(path) for path in cloned)
-    return written
+    return written + copied_bytes(context, *cloned)

@@ -17,6 +17,7 @@ from typing import Any
 from stillframe.engine.capture import capture
 from stillframe.engine.context import Context, Phases
 from stillframe.engine.interface import ForkOutcome, ForkRequest
+from stillframe.engine.keeping.quota import check_free, copied_bytes, expected_bytes
 from stillframe.engine.keeping.verify import refuse_damaged
 from stillframe.engine.loaded import run_loaded
 from stillframe.engine.machines import boot_and_commit, end
@@ -209,6 +210,9 @@ async def _source_of(
     paths = context.data.instance(instance.id)
     template = replace(instance, process=None)
     if instance.state is InstanceState.RUNNING:
+        # The capture, and the fork's own copy of its disk: refused before the guest stands still.
+        copied = copied_bytes(context, paths.overlay)
+        check_free(context, expected_bytes(context, instance) + copied)
         capture_id = context.new_id()
         payload = context.data.snapshot_new(capture_id)
         context.records.intend(Intent(capture_id, "snapshot", {"source": instance.id}))
@@ -282,6 +286,8 @@ async def make_disks(
     it is still being copied: a VMM can be started meanwhile. The future is done when it is whole
     and durable. Raises StorageFull, and so does the future.
     """
+    if copied := copied_bytes(context, source.overlay):
+        check_free(context, copied)
     whole = await asyncio.to_thread(_begin_disks, context, child, source, undo)
     disk = asyncio.ensure_future(asyncio.to_thread(_finish_disk, context, child, source, whole))
     undo.push_async_callback(asyncio.wait, [disk])

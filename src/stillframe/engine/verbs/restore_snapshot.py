@@ -13,6 +13,7 @@ import os
 from dataclasses import replace
 
 from stillframe.engine.context import Context, Phases
+from stillframe.engine.keeping.quota import check_free, copied_bytes
 from stillframe.engine.keeping.verify import refuse_damaged
 from stillframe.engine.loaded import run_loaded
 from stillframe.engine.machines import boot_and_commit, end
@@ -62,6 +63,8 @@ async def restore_snapshot(
         payload = context.data.snapshot(snapshot_id)
         await asyncio.to_thread(check, payload)
         template = await template_under(context, snapshot, hypervisor)
+        if copied := copied_bytes(context, payload.overlay):
+            check_free(context, copied)
         restored = _restored(instance, snapshot, template)
         await context.compressor.cancel(instance_id)
         with contextlib.ExitStack() as undo:

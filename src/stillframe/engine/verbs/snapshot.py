@@ -83,6 +83,7 @@ async def _take(
     context.records.intend(Intent(snapshot_id, "snapshot", facts))
     async with contextlib.AsyncExitStack() as undo:
         undo.callback(context.records.fulfil, snapshot_id)
+        undo.callback(context.expanded.sweep)
         undo.callback(remove_tree, final.directory)
         undo.callback(remove_tree, building.directory)
         with storage_errors("make room for the snapshot"):
@@ -179,4 +180,5 @@ async def delete_snapshot(context: Context, snapshot_id: str) -> None:
     with storage_errors("remove the files of the snapshot; the next start will"):
         await asyncio.to_thread(remove_tree, context.data.snapshot(snapshot_id).directory)
     context.records.fulfil(subject)
+    context.expanded.sweep()  # it may have had the last link of an image
     context.compressor.space_freed()

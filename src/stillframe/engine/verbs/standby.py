@@ -10,6 +10,7 @@ from datetime import timedelta
 from stillframe.engine.capture import capture
 from stillframe.engine.context import Context, Phases, finish
 from stillframe.engine.keeping.compression import chosen, delay_of
+from stillframe.engine.keeping.quota import check_free, expected_bytes
 from stillframe.engine.loaded import run_loaded
 from stillframe.engine.machines import clear_remains, end
 from stillframe.engine.telemetry import Operation
@@ -53,6 +54,7 @@ async def enter_standby(
     config, delay = chosen(context, instance, compression), delay_of(instance, compression_delay)
     paths = context.data.instance(instance.id)
     live = context.live_instance(instance)
+    check_free(context, expected_bytes(context, instance, disk=False))
     phases = Phases()
     async with contextlib.AsyncExitStack() as undo:
         undo.callback(remove_tree, paths.standby_new.directory)
