@@ -110,6 +110,7 @@ def test_the_schedule_commands(cli: Cli, make: Maker, server: Server) -> None:
 
 def test_the_words_beside_a_snapshot_by_command(cli: Cli, make: Maker, server: Server) -> None:
     name = make().name
+    instance = json.loads(cli("inspect", name, "--json"))
     cli("snapshot", "create", name, "-n", "one", "-t", "a=1", "-t", "b=2")
     edit = ("snapshot", "edit", "one", "--json", "-n", "two", "-t", "c=3", "--untag", "a")
     edited = json.loads(cli(*edit, "-d", "before the upgrade", "--expires", "72h", "--pin"))
@@ -121,6 +122,10 @@ def test_the_words_beside_a_snapshot_by_command(cli: Cli, make: Maker, server: S
     assert "is pinned (hint: " in refused.stderr
     preview = cli("snapshot", "rm", "two", "--dry-run")
     assert "is pinned" in preview
+    for dry in (("fork", name, "three"), ("rm", name), ("snapshot", "fork", "two", "--count", "2")):
+        (told, *_) = json.loads(cli(*dry, "--dry-run", "--json"))
+        assert told.get("instance_id") == (None if dry[0] == "snapshot" else instance["id"])
+    assert [one["name"] for one in json.loads(cli("ps", "--json"))].count("three") == 0
     assert server.cli("snapshot", "edit", "two").returncode == 2
     cleared = json.loads(cli("snapshot", "edit", "two", "--json", "--expires", "never", "-d", ""))
     assert not {"expires_at", "description"} & cleared.keys()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,30 @@ class KeepingDouble:
     async def preview_fork(self, snapshot_id: str, request: ForkRequest) -> RunPreview:
         self._note("preview_fork", snapshot_id, request)
         return self._run_preview(snapshot_id, request.name)
+
+    async def preview_forks(
+        self, snapshot_id: str, requests: Sequence[ForkRequest]
+    ) -> list[RunPreview]:
+        self._note("preview_forks", snapshot_id, tuple(requests))
+        return [self._run_preview(snapshot_id, request.name) for request in requests]
+
+    async def preview_instance_fork(
+        self,
+        instance_id: str,
+        *,
+        name: str,
+        from_running: bool = False,
+        target_state: InstanceState | None = None,
+    ) -> RunPreview:
+        self._note(
+            "preview_instance_fork", instance_id,
+            name=name, from_running=from_running, target_state=target_state,
+        )  # fmt: skip
+        return replace(self._run_preview(self.snapshots[0].id, name), source=self.instances[0])
+
+    async def preview_instance_deletion(self, instance_id: str) -> DeletionPreview:
+        self._note("preview_instance_deletion", instance_id)
+        return DeletionPreview(self.instances[0], 4096, ())
 
     async def preview_restore(
         self,

@@ -17,10 +17,13 @@ from stillframe.engine.interface import EngineInterface, ForkRequest
 from stillframe.engine.verbs import snapshot as taking
 from stillframe.host.orphans import kill_orphans
 from stillframe.model.errors import VmmFailure
+from stillframe.model.retention import Retention
+from stillframe.model.schedules import ScheduleRequest
+from stillframe.model.states import InstanceState
 from stillframe.model.values import Instance, SnapshotKind
 from support.api_double import PRIVATE, SECRET, bearer
-from support.clock import SetClock
-from support.engine import ask, make_engine, running
+from support.clock import HOUR, SetClock
+from support.engine import ask, make_engine, running, traces
 
 DISK, LIVE = SnapshotKind.STOPPED, SnapshotKind.STANDBY
 HOURLY: dict[str, Any] = {"interval": "1h", "retention": {"max_count": 2}}
@@ -408,3 +411,52 @@ async def test_a_dry_run_of_a_fork_and_a_restore_answers_what_would_happen(
     assert told.status_code == 200
     assert "must be Standby or Stopped" in told.json()["refused"][0]
     assert [instance.name for instance in engine.list_instances()] == ["source"]
+
+
+async def test_a_dry_run_of_what_is_done_to_an_instance_does_nothing(
+    client: httpx.AsyncClient, engine: Engine, tmp_path: Path
+) -> None:
+    source = await running(engine)
+    made = await engine.snapshot(source.id, kind=LIVE, name="base")
+    fork = await engine.fork_snapshot(made.id, ForkRequest("fork"))
+    dry, before = {"dry_run": "true"}, traces(tmp_path)
+    path = f"/instances/{source.id}/fork"
+    told = await client.post(path, params=dry, json={"name": "live", "from_running": True})
+    assert (told.status_code, told.json()["refused"]) == (200, [])
+    assert (told.json()["instance_id"], told.json()["state"]) == (source.id, "Running")
+    assert told.json()["bytes_captured"] > 0
+    refused = (await client.post(path, params=dry, json={"name": "fork"})).json()["refused"]
+    assert "already exists" in refused[0]
+    assert "Running" in refused[1]
+    wish = {"count": 2, "overrides": [{"name": "source"}, {"name": "new"}]}
+    several = await client.post(f"/snapshots/{made.id}/forks", params=dry, json=wish)
+    assert several.status_code == 200
+    assert [bool(one["refused"]) for one in several.json()] == [True, False]
+    gone = await client.delete(f"/instances/{fork.id}", params=dry)
+    assert gone.status_code == 200
+    assert gone.json()["instance_id"] == fork.id
+    assert [one["name"] for one in gone.json()["shared_with"]] == ["base"]
+    assert traces(tmp_path) == before
+
+
+async def test_a_dry_run_where_there_is_none_is_refused_and_nothing_is_done(
+    client: httpx.AsyncClient, engine: Engine
+) -> None:
+    source = await running(engine)
+    engine.set_schedule(source.id, ScheduleRequest(Retention(max_count=1), interval=HOUR))
+    dry = {"dry_run": "true"}
+    for method, path in (
+        ("POST", f"/instances/{source.id}/restore"),
+        ("POST", f"/instances/{source.id}/standby"),
+        ("POST", f"/instances/{source.id}/stop"),
+        ("POST", f"/instances/{source.id}/snapshots"),
+        ("POST", f"/instances/{source.id}/snapshot-schedule/run"),
+        ("DELETE", f"/instances/{source.id}/snapshot-schedule"),
+        ("DELETE", "/images/stillframe%2Fbase"),
+    ):
+        answer = await client.request(method, path, params=dry)
+        assert answer.status_code == 400, path
+        assert "nothing was done" in answer.json()["message"]
+    assert engine.list_snapshots() == []
+    assert engine.find_schedule(source.id).last_run_at is None
+    assert engine.find_instance(source.id).state is InstanceState.RUNNING

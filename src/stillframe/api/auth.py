@@ -22,6 +22,7 @@ SCOPES = frozenset(
     for kind in ("instance", "image", "volume", "snapshot", "build", "device", "ingress")
     for right in ("read", "write", "delete")
 ) | {"resource:read"}
+_DRY_RUN = "dry_run"
 _SCOPE_KEY = "x-required-scope"
 # Fixed here and never taken from the token's header (RFC 8725), each with the shortest secret it
 # may be used with (RFC 7518, section 3.2).
@@ -103,11 +104,14 @@ class ScopedRoute(APIRoute):
         """FastAPI's handler behind the check."""
         scope = required_scope(self)
         handler = super().get_route_handler()
+        previews = any(field.alias == _DRY_RUN for field in self.dependant.query_params)
         if scope is None:
             return handler
 
         async def guarded(request: Request) -> Response:
             authorise(request, scope)
+            if not previews:
+                refuse_dry_run(request)
             return await handler(request)
 
         return guarded
@@ -120,8 +124,19 @@ class RequiredScope:
         self.scope = str(needs(scope)[_SCOPE_KEY])
 
     async def __call__(self, connection: HTTPConnection) -> None:
-        """Raises Unauthorized or Forbidden."""
+        """Raises Unauthorized, Forbidden, and InvalidRequest for a dry run."""
         authorise(connection, self.scope)
+        refuse_dry_run(connection)
+
+
+def refuse_dry_run(connection: HTTPConnection) -> None:
+    """Raises InvalidRequest for ``dry_run`` where there is none: it would be done in earnest."""
+    if _DRY_RUN in connection.query_params:
+        raise InvalidRequest(
+            "dry_run is not offered here; nothing was done",
+            hint="ask again without it, if it is to be done",
+            parameter=_DRY_RUN,
+        )
 
 
 def grants(connection: HTTPConnection, scope: str) -> bool:

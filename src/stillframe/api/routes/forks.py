@@ -23,7 +23,7 @@ from stillframe.api.errors import (
     report,
 )
 from stillframe.api.routes.snapshots import CONFLICTS
-from stillframe.api.schemas.base import Error, ErrorDetail
+from stillframe.api.schemas.base import Error, ErrorDetail, respond_list
 from stillframe.api.schemas.forks import (
     ForkOutcomeAnswer,
     ForksAnswer,
@@ -71,15 +71,28 @@ async def fork_snapshot(
     "/snapshots/{snapshot_id}/forks",
     status_code=201,
     response_model=ForksAnswer,
-    responses=problems(404, 409, 501),
+    responses={
+        200: {"model": list[RunPreviewAnswer], "description": "What would happen (dry_run)"},
+        **problems(404, 409, 501),
+    },
     openapi_extra=needs("snapshot:write"),
 )
 async def fork_many(
-    request: Request, engine: Engine, snapshot_id: str, body: SnapshotForksBody
+    request: Request,
+    engine: Engine,
+    snapshot_id: str,
+    body: SnapshotForksBody,
+    dry_run: bool = False,
 ) -> JSONResponse:
-    """Make many instances from a snapshot at once; the good ones stay when others fail."""
+    """Make many instances from a snapshot at once; the good ones stay when others fail.
+
+    With ``dry_run`` the answer is 200 and says of each what would happen; nothing is made.
+    """
     wanted = body.parse()
     snapshot = engine.find_snapshot(snapshot_id)
+    if dry_run:
+        previews = await engine.preview_forks(snapshot.id, wanted)
+        return respond_list([RunPreviewAnswer.of(preview) for preview in previews])
     with contract_codes(CONFLICTS):
         outcomes = await engine.fork_many(snapshot.id, wanted)
     answers = [_answer(request, outcome) for outcome in outcomes]

@@ -20,6 +20,7 @@ from stillframe.api.schemas.instances import (
     StartBody,
     WaitAnswer,
 )
+from stillframe.api.schemas.lineage import DeletionPreviewAnswer, RunPreviewAnswer
 from stillframe.api.schemas.snapshots import StandbyBody
 from stillframe.engine.interface import EngineInterface
 from stillframe.model.errors import InvalidRequest, InvalidState, NameConflict
@@ -95,12 +96,24 @@ async def get_instance(engine: Engine, id: str) -> JSONResponse:
 @router.delete(
     "/instances/{id}",
     status_code=204,
-    responses=problems(404, 409),
+    responses={
+        200: {"model": DeletionPreviewAnswer, "description": "What would happen (dry_run)"},
+        **problems(404, 409),
+    },
     openapi_extra=needs("instance:delete"),
 )
-async def delete_instance(engine: Engine, id: str, graceful_shutdown: bool = True) -> Response:
-    """End an instance and remove all of it; its snapshots stay."""
-    await engine.delete(engine.find_instance(id).id, graceful=graceful_shutdown)
+async def delete_instance(
+    engine: Engine, id: str, graceful_shutdown: bool = True, dry_run: bool = False
+) -> Response:
+    """End an instance and remove all of it; its snapshots stay.
+
+    With ``dry_run`` the answer is 200 and says what would happen; nothing is done.
+    """
+    instance = engine.find_instance(id)
+    if dry_run:
+        preview = await engine.preview_instance_deletion(instance.id)
+        return DeletionPreviewAnswer.of(preview).response()
+    await engine.delete(instance.id, graceful=graceful_shutdown)
     return Response(status_code=204)
 
 
@@ -164,18 +177,31 @@ async def restore_instance(engine: Engine, id: str) -> JSONResponse:
     "/instances/{id}/fork",
     status_code=201,
     response_model=InstanceAnswer,
-    responses=problems(404, 409, 501),
+    responses={
+        200: {"model": RunPreviewAnswer, "description": "What would happen (dry_run)"},
+        **problems(404, 409, 501),
+    },
     openapi_extra=needs("instance:write"),
 )
-async def fork_instance(engine: Engine, id: str, body: InstanceForkBody) -> JSONResponse:
-    """Fork an instance that is Stopped, in Standby, or Running with ``from_running``."""
+async def fork_instance(
+    engine: Engine, id: str, body: InstanceForkBody, dry_run: bool = False
+) -> JSONResponse:
+    """Fork an instance that is Stopped, in Standby, or Running with ``from_running``.
+
+    With ``dry_run`` the answer is 200 and says what would happen, all reasons against it included;
+    nothing is made.
+    """
     check_name(body.name)
     instance = engine.find_instance(id)
+    from_running = bool(body.from_running)
+    target = InstanceState(body.target_state) if body.target_state else None
+    if dry_run:
+        preview = await engine.preview_instance_fork(
+            instance.id, name=body.name, from_running=from_running, target_state=target
+        )
+        return RunPreviewAnswer.of(preview).response()
     fork = await engine.fork(
-        instance.id,
-        name=body.name,
-        from_running=bool(body.from_running),
-        target_state=InstanceState(body.target_state) if body.target_state else None,
+        instance.id, name=body.name, from_running=from_running, target_state=target
     )
     return InstanceAnswer.of(fork).response(201)
 

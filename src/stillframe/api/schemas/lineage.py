@@ -8,7 +8,7 @@ from stillframe.api.schemas.base import Answer, utc
 from stillframe.engine.keeping.interface import DeletionPreview, RunPreview
 from stillframe.model.lineage import Lineage, Relative, RelativeKind
 from stillframe.model.states import InstanceState
-from stillframe.model.values import Hypervisor
+from stillframe.model.values import Hypervisor, Snapshot
 
 
 class RelativeAnswer(Answer):
@@ -68,13 +68,14 @@ class LineageAnswer(Answer):
 
 
 class DeletionPreviewAnswer(Answer):
-    """What deleting a snapshot would do. ``refused`` says why it would not be deleted.
+    """What deleting a snapshot or an instance would do. ``refused`` says why it would not be.
 
     ``shared_with`` go on unharmed with the memory image they share; ``in_use`` counts forks and
     restores under way that the deletion would wait for.
     """
 
-    snapshot_id: str
+    snapshot_id: str | None = None
+    instance_id: str | None = None
     name: str | None = None
     pinned: bool
     bytes_freed: int
@@ -85,10 +86,13 @@ class DeletionPreviewAnswer(Answer):
     @classmethod
     def of(cls, preview: DeletionPreview) -> DeletionPreviewAnswer:
         """The wire form of a preview."""
+        subject = preview.subject
+        taken = isinstance(subject, Snapshot)
         return cls(
-            snapshot_id=preview.snapshot.id,
-            name=preview.snapshot.name,
-            pinned=preview.snapshot.pinned,
+            snapshot_id=subject.id if taken else None,
+            instance_id=None if taken else subject.id,
+            name=subject.name,
+            pinned=isinstance(subject, Snapshot) and subject.pinned,
             bytes_freed=preview.bytes_freed,
             shared_with=[RelativeAnswer.of(relative) for relative in preview.shared_with],
             in_use=preview.in_use,
@@ -97,13 +101,15 @@ class DeletionPreviewAnswer(Answer):
 
 
 class RunPreviewAnswer(Answer):
-    """What forking or restoring a snapshot would do. ``refused`` are all the reasons against it.
+    """What forking or restoring would do. ``refused`` are all the reasons against it.
 
-    ``bytes_copied`` is disk, where the file system cannot share blocks; ``bytes_expanded`` memory
-    that is compressed; ``bytes_lost`` what a restore in place gives up for ever.
+    What is forked is a snapshot, or an instance as it is. ``bytes_copied`` is disk, where the file
+    system cannot share blocks; ``bytes_expanded`` memory that is compressed; ``bytes_lost`` what a
+    restore in place gives up for ever; ``bytes_captured`` what is written of a running instance.
     """
 
-    snapshot_id: str
+    snapshot_id: str | None = None
+    instance_id: str | None = None
     name: str
     state: InstanceState | None = None
     hypervisor: Hypervisor
@@ -111,14 +117,17 @@ class RunPreviewAnswer(Answer):
     bytes_copied: int
     bytes_expanded: int
     bytes_lost: int
+    bytes_captured: int
     refused: list[str]
     advice: list[str]
 
     @classmethod
     def of(cls, preview: RunPreview) -> RunPreviewAnswer:
         """The wire form of a preview."""
+        taken = isinstance(preview.source, Snapshot)
         return cls(
-            snapshot_id=preview.snapshot.id,
+            snapshot_id=preview.source.id if taken else None,
+            instance_id=None if taken else preview.source.id,
             name=preview.name,
             state=preview.state,
             hypervisor=preview.hypervisor,
@@ -126,6 +135,7 @@ class RunPreviewAnswer(Answer):
             bytes_copied=preview.bytes_copied,
             bytes_expanded=preview.bytes_expanded,
             bytes_lost=preview.bytes_lost,
+            bytes_captured=preview.bytes_captured,
             refused=list(preview.refused),
             advice=list(preview.advice),
         )

@@ -8,6 +8,7 @@ import typer
 
 from stillframe.cli import output
 from stillframe.cli.client import Client, instance_path, parse_pairs
+from stillframe.cli.commands.previews import DRY, DryRun, print_deletions, print_runs
 from stillframe.cli.output import JsonFlag
 from stillframe.model.errors import HostFailure, InvalidRequest, Timeout
 from stillframe.model.states import InstanceState
@@ -147,6 +148,8 @@ def rm(
         bool, typer.Option("--force", "-f", help="Do not let the guest shut down first.")
     ] = False,
     everything: Annotated[bool, typer.Option("--all", help="Every instance.")] = False,
+    dry_run: DryRun = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Delete instances; their snapshots stay."""
     client: Client = context.obj
@@ -154,6 +157,13 @@ def rm(
         raise typer.BadParameter("name instances, or give --all")
     if everything:
         instances = [i["id"] for i in client.request("GET", "/instances")]
+    if dry_run:
+        answers = [
+            client.request("DELETE", instance_path(instance), query=DRY)
+            for instance in instances or []
+        ]
+        print_deletions(answers, as_json)
+        return
     for instance in instances or []:
         with output.working(f"deleting {instance}"):
             query = {"graceful_shutdown": str(not force).lower()}
@@ -166,6 +176,7 @@ def fork(
     source: Annotated[str, typer.Argument(metavar="INSTANCE", help="Running, Standby or Stopped.")],
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="One fork for each name.")],
     state: Annotated[str | None, typer.Option("--state", help="Stopped, Standby, Running.")] = None,
+    dry_run: DryRun = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Fork an instance as it is now; a running one runs on."""
@@ -173,6 +184,12 @@ def fork(
     body: dict[str, Any] = {"from_running": True}
     if state:
         body["target_state"] = state
+    if dry_run:
+        path = instance_path(source, "fork")
+        wishes = [{**body, "name": name} for name in names]
+        previews = [client.request("POST", path, body=wish, query=DRY) for wish in wishes]
+        print_runs(previews, as_json)
+        return
     with output.answers(_COLUMNS, as_json) as made:
         for name in names:
             with output.working(f"forking {name}"):

@@ -15,6 +15,7 @@ from stillframe.cli import output
 from stillframe.cli.client import Client, instance_path, parse_pairs
 from stillframe.cli.commands import family
 from stillframe.cli.commands.instances import Compression, compression_body
+from stillframe.cli.commands.previews import DRY, DryRun, print_deletions, print_runs
 from stillframe.cli.output import JsonFlag
 from stillframe.model.errors import HostFailure, StillframeError
 from stillframe.model.units import format_size, parse_duration
@@ -28,9 +29,6 @@ _MOST = 1000
 _LOOK_SECONDS = 0.25
 Tags = Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="KEY=VALUE")]
 TargetState = Annotated[str | None, typer.Option("--state", help="Stopped, Standby or Running.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Say what would happen and what is against it.")
-]
 
 
 @app.command()
@@ -149,15 +147,13 @@ def rm(
     context: typer.Context,
     snapshots: list[str],
     force: Annotated[bool, typer.Option("--force", "-f", help="Pinned ones too.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would happen, do nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Delete snapshots; their sources and forks go on unharmed."""
     client: Client = context.obj
     query = {"force": "true"} if force else {}
-    query |= {"dry_run": "true"} if dry_run else {}
+    query |= DRY if dry_run else {}
     previews = []
     for reference in snapshots:
         found = client.find_snapshot(reference)
@@ -166,17 +162,8 @@ def rm(
             print(found["id"])
         else:
             previews.append(preview)
-    if dry_run and as_json:
-        output.print_json(previews)
-    elif dry_run:
-        output.print_table(
-            ("NAME", "ID", "FREES", "SHARED WITH", "REFUSED"),
-            [
-                (p.get("name"), p["snapshot_id"], format_size(p["bytes_freed"]),
-                 ", ".join(s.get("name") or s["id"] for s in p["shared_with"]), p.get("refused"))
-                for p in previews
-            ],
-        )  # fmt: skip
+    if dry_run:
+        print_deletions(previews, as_json)
 
 
 @app.command()
@@ -221,8 +208,8 @@ def restore(
     )
     body = {"target_state": state} if state else {}
     if dry_run:
-        preview = client.request("POST", path, body=body, query={"dry_run": "true"})
-        _print_previews([preview], as_json)
+        preview = client.request("POST", path, body=body, query=DRY)
+        print_runs([preview], as_json)
         return
     with output.working(f"restoring {found['source_instance_name']}"):
         answer = client.request("POST", path, body=body)
@@ -283,34 +270,13 @@ def _preview_forks(
     client: Client, snapshot_id: str, names: list[str], body: dict[str, Any], as_json: bool
 ) -> None:
     """What each of the forks would do; exit 1 if any would be refused."""
-    wishes = {key: body[key] for key in ("target_state", "tags", "env") if key in body}
-    previews = [
-        client.request(
-            "POST", f"/snapshots/{snapshot_id}/fork",
-            body={**wishes, "name": name}, query={"dry_run": "true"},
-        )
-        for name in names
-    ]  # fmt: skip
-    _print_previews(previews, as_json)
-
-
-def _print_previews(previews: list[dict[str, Any]], as_json: bool) -> None:
-    """A table, or JSON; exit 1 if anything would be refused."""
-    if as_json:
-        output.print_json(previews)
+    path = f"/snapshots/{snapshot_id}"
+    if "count" in body:
+        previews = client.request("POST", f"{path}/forks", body=body, query=DRY)
     else:
-        output.print_table(
-            ("NAME", "STATE", "HYPERVISOR", "MEMORY", "COPIES", "EXPANDS", "LOSES", "AGAINST IT"),
-            [
-                (p["name"], p.get("state"), p["hypervisor"],
-                 *(format_size(p[size]) for size in
-                   ("memory_bytes", "bytes_copied", "bytes_expanded", "bytes_lost")),
-                 "; ".join([*p["refused"], *p["advice"]]) or "nothing")
-                for p in previews
-            ],
-        )  # fmt: skip
-    if any(p["refused"] for p in previews):
-        raise typer.Exit(1)
+        body = {**body, "name": names[0]}
+        previews = [client.request("POST", f"{path}/fork", body=body, query=DRY)]
+    print_runs(previews, as_json)
 
 
 def _fork(

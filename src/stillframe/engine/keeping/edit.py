@@ -117,16 +117,29 @@ async def preview_deletion(
     """What ``delete_snapshot`` would do, doing nothing. Raises NotFound."""
     snapshot = context.snapshot(snapshot_id)
     refusal = _refusal(snapshot, force)
-    family = family_of(context)
-    (itself,) = await weigh(context, [family.snapshot(snapshot_id)])
-    sharing: list[Relative] = [
-        family.instance(other) if other in context.records.instances else family.snapshot(other)
-        for other in itself.shares_memory_with
-    ]
+    freed, sharing = await _weight(context, family_of(context).snapshot(snapshot_id))
     return DeletionPreview(
         snapshot,
-        bytes_freed=itself.exclusive_bytes or 0,
-        shared_with=tuple(sharing),
+        bytes_freed=freed,
+        shared_with=sharing,
         refused=None if refusal is None else refusal.message,
         in_use=context.snapshot_users.get(snapshot_id, 0),
     )
+
+
+async def preview_instance_deletion(context: Context, instance_id: str) -> DeletionPreview:
+    """What ``delete`` would do, doing nothing; nothing refuses it. Raises NotFound."""
+    instance = context.instance(instance_id)
+    freed, sharing = await _weight(context, family_of(context).instance(instance_id))
+    return DeletionPreview(instance, bytes_freed=freed, shared_with=sharing)
+
+
+async def _weight(context: Context, relative: Relative) -> tuple[int, tuple[Relative, ...]]:
+    """What deleting it would free, and who shares its memory."""
+    family = family_of(context)
+    (itself,) = await weigh(context, [relative])
+    sharing = (
+        family.instance(other) if other in context.records.instances else family.snapshot(other)
+        for other in itself.shares_memory_with
+    )
+    return itself.exclusive_bytes or 0, tuple(sharing)

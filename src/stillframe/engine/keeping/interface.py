@@ -5,7 +5,7 @@ Sizes are bytes. Every verb raises only StillframeError (or CancelledError).
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Protocol, TypedDict
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 from stillframe.model.lineage import Lineage, Relative
 from stillframe.model.schedules import Schedule, ScheduleRequest
 from stillframe.model.states import InstanceState
-from stillframe.model.values import Hypervisor, Snapshot
+from stillframe.model.values import Hypervisor, Instance, Snapshot
 from stillframe.model.verification import Depth, Verification
 
 if TYPE_CHECKING:  # it builds on this one
@@ -32,13 +32,13 @@ class SnapshotChanges(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class DeletionPreview:
-    """What deleting a snapshot would do: the bytes it frees, and who goes on sharing the rest.
+    """What a deletion would do: the bytes it frees, and who goes on sharing the rest.
 
     ``refused`` says why it would be refused (None: it would not); ``in_use`` counts verbs under way
     that the deletion would wait for.
     """
 
-    snapshot: Snapshot
+    subject: Snapshot | Instance
     bytes_freed: int
     shared_with: tuple[Relative, ...]
     refused: str | None = None
@@ -47,14 +47,15 @@ class DeletionPreview:
 
 @dataclass(frozen=True, slots=True)
 class RunPreview:
-    """What forking or restoring a snapshot would do.
+    """What forking or restoring would do: a snapshot, or forking an instance as it is.
 
     ``refused`` are all reasons against it, none if it would be done; ``advice`` is what would help.
     ``bytes_copied`` is disk, where blocks cannot be shared; ``bytes_expanded`` compressed memory;
-    ``bytes_lost`` what a restore in place gives up for ever.
+    ``bytes_lost`` what a restore in place gives up for ever; ``bytes_captured`` what is written
+    of a running instance, and removed again when nobody uses it.
     """
 
-    snapshot: Snapshot
+    source: Snapshot | Instance
     name: str
     state: InstanceState | None
     hypervisor: Hypervisor
@@ -64,6 +65,7 @@ class RunPreview:
     bytes_lost: int = 0
     refused: tuple[str, ...] = ()
     advice: tuple[str, ...] = ()
+    bytes_captured: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +191,24 @@ class KeepingInterface(Protocol):
 
     async def preview_fork(self, snapshot_id: str, request: ForkRequest) -> RunPreview:
         """What ``fork_snapshot`` would do, doing nothing. Raises NotFound."""
+
+    async def preview_forks(
+        self, snapshot_id: str, requests: Sequence[ForkRequest]
+    ) -> list[RunPreview]:
+        """What ``fork_many`` would do, one answer each, doing nothing. Raises NotFound."""
+
+    async def preview_instance_fork(
+        self,
+        instance_id: str,
+        *,
+        name: str,
+        from_running: bool = False,
+        target_state: InstanceState | None = None,
+    ) -> RunPreview:
+        """What ``fork`` would do, doing nothing. Raises NotFound."""
+
+    async def preview_instance_deletion(self, instance_id: str) -> DeletionPreview:
+        """What ``delete`` would do, doing nothing. Raises NotFound."""
 
     async def preview_restore(
         self,

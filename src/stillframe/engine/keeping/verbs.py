@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from stillframe.engine.context import Context
 from stillframe.engine.interface import ForkRequest
@@ -52,6 +52,33 @@ class KeepingVerbs:
     async def preview_fork(self, snapshot_id: str, request: ForkRequest) -> RunPreview:
         """What ``fork_snapshot`` would do, doing nothing."""
         return await preview.preview_fork(self.context, snapshot_id, request)
+
+    async def preview_forks(
+        self, snapshot_id: str, requests: Sequence[ForkRequest]
+    ) -> list[RunPreview]:
+        """What ``fork_many`` would do, one answer each, doing nothing."""
+        return await preview.preview_forks(self.context, snapshot_id, requests)
+
+    async def preview_instance_fork(
+        self,
+        instance_id: str,
+        *,
+        name: str,
+        from_running: bool = False,
+        target_state: InstanceState | None = None,
+    ) -> RunPreview:
+        """What ``fork`` would do, doing nothing."""
+        return await preview.preview_instance_fork(
+            self.context,
+            instance_id,
+            name=name,
+            from_running=from_running,
+            target_state=target_state,
+        )
+
+    async def preview_instance_deletion(self, instance_id: str) -> DeletionPreview:
+        """What ``delete`` would do, doing nothing."""
+        return await edit.preview_instance_deletion(self.context, instance_id)
 
     async def preview_restore(
         self,

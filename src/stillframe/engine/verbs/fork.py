@@ -194,14 +194,19 @@ async def fork_instance(
         instance = await held.enter_async_context(context.exclusive(instance_id, "fork"))
         permission(Verb.FORK_RUNNING if from_running else Verb.FORK, instance.state)
         target = target_state or instance.state
-        if target not in _TARGETS[SnapshotKind.STANDBY]:
-            raise InvalidRequest(f"target_state cannot be {target.value}")
+        check_instance_target(target)
         if context.records.instance_by_name(name) is not None:
             raise name_taken(name)
         source = await _source_of(context, instance, held, phases)
         return await _fork(
             context, source, child_of(context, source, ForkRequest(name)), target, phases
         )
+
+
+def check_instance_target(target: InstanceState) -> None:
+    """Raises InvalidRequest for a state that no fork of an instance can be brought to."""
+    if target not in _TARGETS[SnapshotKind.STANDBY]:
+        raise InvalidRequest(f"target_state cannot be {target.value}")
 
 
 async def _source_of(
