@@ -22,7 +22,7 @@ from stillframe.model.values import (
     Snapshot,
 )
 from stillframe.store.paths import DataDirectory, Payload
-from support.engine import make_engine
+from support.engine import make_engine, open_engine
 
 
 def functions_called(work: Callable[[], object]) -> int:
@@ -71,6 +71,25 @@ async def test_a_start_looks_at_no_file_of_a_snapshot(
         assert looked == []
     finally:
         await engine.close()
+
+
+async def test_the_lineage_of_one_looks_at_nobody_who_shares_nothing_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_many(tmp_path, 200)
+    looked: list[str] = []
+    path_of = DataDirectory.snapshot
+
+    def counted(self: DataDirectory, snapshot_id: str) -> Payload:
+        looked.append(snapshot_id)
+        return path_of(self, snapshot_id)
+
+    monkeypatch.setattr(DataDirectory, "snapshot", counted)
+    async with open_engine(tmp_path) as engine:
+        chosen = engine.list_snapshots()[100]
+        told = await engine.lineage(chosen.id)
+        assert told.snapshot.exclusive_bytes
+        assert set(looked) == {chosen.id}
 
 
 async def test_a_filter_costs_next_to_nothing_for_what_it_leaves_out(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,10 +11,15 @@ import pytest
 from stillframe.engine.context import Context
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import ForkRequest
+from stillframe.host.extents import files_in, freed_by_deleting
 from stillframe.host.files import allocated_bytes
 from stillframe.model.errors import NotFound
+from stillframe.model.retention import Retention
+from stillframe.model.schedules import ScheduleRequest, marks
 from stillframe.model.states import InstanceState
+from stillframe.model.units import MIB
 from stillframe.model.values import Hypervisor, SnapshotKind
+from support.clock import HOUR
 from support.compressing import compressed
 from support.engine import open_engine, running, traces
 
@@ -84,6 +90,31 @@ async def test_what_is_expanded_is_told_as_it_will_be_and_refuses_nothing_that_w
     assert (await engine.preview_fork(taken.id, asleep)).bytes_expanded == 0
     await engine.fork_snapshot(taken.id, ForkRequest("again"))
     assert not payload.memory.exists()
+
+
+async def test_a_deletion_frees_what_its_warm_forks_hold_too(
+    engine: Engine, tmp_path: Path
+) -> None:
+    source = await running(engine)
+    taken = await engine.snapshot(source.id, kind=SnapshotKind.STANDBY)
+    alone = await engine.preview_deletion(taken.id)
+    await engine.set_warm(taken.id, 2)
+    async with asyncio.timeout(60):
+        assert (await engine.context.warm.settled(taken.id)).ready == 2
+    preview = await engine.preview_deletion(taken.id)
+    assert preview.shared_with == ()  # they end with it
+    (itself,) = [one for one in await engine.family() if one.id == taken.id]
+    assert itself.exclusive_bytes == preview.bytes_freed > alone.bytes_freed
+    engine.set_schedule(source.id, ScheduleRequest(Retention(max_count=1), interval=HOUR))
+    engine.edit_snapshot(taken.id, {"tags": marks(source.id)})
+    plan = await engine.explain_retention(source.id)
+    assert [line.bytes_freed for line in plan.lines] == [preview.bytes_freed]
+    before = set(files_in(tmp_path))
+    held = freed_by_deleting(before)
+    await engine.delete_snapshot(taken.id)
+    assert held - freed_by_deleting(files_in(tmp_path)) == pytest.approx(
+        preview.bytes_freed, abs=MIB
+    )  # but for records and logs
 
 
 async def test_an_environment_that_would_be_refused_is_told(engine: Engine) -> None:

@@ -9,9 +9,11 @@ from datetime import datetime
 from stillframe.engine.context import Context
 from stillframe.engine.keeping.edit import delete_snapshot
 from stillframe.engine.keeping.interface import RetentionLine, RetentionPlan
-from stillframe.host.extents import files_in, freed_by_deleting
+from stillframe.engine.keeping.lineage import files_going, warm_forks
+from stillframe.host.extents import freed_by_deleting
 from stillframe.host.files import storage_errors
 from stillframe.model.errors import Conflict, NotFound
+from stillframe.model.lineage import RelativeKind
 from stillframe.model.retention import Candidate, Verdict, judge, next_change
 from stillframe.model.schedules import Schedule, marks
 from stillframe.model.values import Snapshot
@@ -79,10 +81,10 @@ async def explain(context: Context, schedule: Schedule, now: datetime) -> Retent
     """What retention would do at ``now``, for each snapshot with its reasons; does nothing."""
     snapshots = own_snapshots(context, schedule)
     verdicts = _verdicts(snapshots, schedule, now)
-    directories = [context.data.snapshot(snapshot.id).directory for snapshot in snapshots]
+    data, warm = context.data, warm_forks(context)
 
     def measure() -> tuple[list[int], int]:
-        files = [files_in(directory) for directory in directories]
+        files = [files_going(data, RelativeKind.SNAPSHOT, s.id, warm) for s in snapshots]
         going = [
             path
             for paths, verdict in zip(files, verdicts, strict=True)
