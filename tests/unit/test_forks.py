@@ -14,6 +14,7 @@ import pytest
 from stillframe.engine import loaded
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import ForkRequest, WarmStatus
+from stillframe.engine.verbs.warm import WarmFork
 from stillframe.host.orphans import kill_orphans
 from stillframe.model.errors import Conflict, InvalidRequest, NotFound, VmmFailure
 from stillframe.model.states import InstanceState
@@ -276,3 +277,77 @@ async def test_a_warm_fork_that_cannot_run_leaves_nothing(
     await engine.set_warm(snapshot.id, 0)
     assert sorted(traces(tmp_path)) == sorted(before)
     assert engine.context.records.intents == {}
+
+
+async def test_a_failure_to_keep_one_warm_is_tried_again_and_ends_nobody_elses(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = await captured(engine)
+    other = await engine.snapshot(snapshot.source_instance_id, kind=LIVE)
+    warm, make = engine.context.warm, engine.context.warm._make
+    tries: list[str] = []
+
+    async def fails_twice(wanted: Snapshot) -> WarmFork:
+        if wanted.id == snapshot.id and len(tries) < 2:
+            tries.append(wanted.id)
+            raise (
+                VmmFailure("the VMM refuses") if len(tries) == 1 else ValueError("a fault of ours")
+            )
+        return await make(wanted)
+
+    monkeypatch.setattr("stillframe.engine.verbs.warm._AFTER_FAILURE", 0.2)
+    monkeypatch.setattr(warm, "_make", fails_twice)
+    await engine.set_warm(snapshot.id, 1)
+    assert (await warm.settled(snapshot.id)).limited_by == "it failed: the VMM refuses"
+    await engine.set_warm(other.id, 1)
+    await ready(engine, other.id, 1)
+    with engine.context.listening(snapshot.id) as changed:
+        async with asyncio.timeout(60):
+            while engine.warm_status(snapshot.id).ready < 1:
+                await changed.wait()
+                changed.clear()
+    assert len(tries) == 2
+
+
+async def test_an_end_that_fails_does_not_end_the_filling(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = await captured(engine)
+    warm, make = engine.context.warm, engine.context.warm._make
+
+    async def unwanted(wanted: Snapshot) -> WarmFork:
+        made = await make(wanted)
+        monkeypatch.undo()
+        await engine.set_warm(snapshot.id, 0)  # while it was being made
+        made.undo.push_async_callback(broken)
+        return made
+
+    async def broken() -> None:
+        raise OSError("the disk fails")
+
+    monkeypatch.setattr(warm, "_make", unwanted)
+    await engine.set_warm(snapshot.id, 1)
+    with engine.context.listening(snapshot.id) as changed:
+        await changed.wait()
+    await engine.set_warm(snapshot.id, 1)
+    await ready(engine, snapshot.id, 1)
+
+
+async def test_a_fork_or_an_end_makes_room_for_others(tmp_path: Path) -> None:
+    engine = make_engine(tmp_path)
+    engine.context.settings = replace(engine.context.settings, warm_memory_bytes=1)
+    async with open_engine(tmp_path, engine):
+        snapshot = await captured(engine)
+        other = await engine.snapshot(snapshot.source_instance_id, kind=LIVE)
+        await engine.set_warm(snapshot.id, 1)
+        await ready(engine, snapshot.id, 1)
+        await engine.set_warm(other.id, 1)
+        async with asyncio.timeout(60):
+            limited = await engine.context.warm.settled(other.id)
+        assert "budget" in (limited.limited_by or "")
+        await engine.set_warm(snapshot.id, 0)
+        with engine.context.listening(other.id) as changed:
+            async with asyncio.timeout(60):
+                while engine.warm_status(other.id).ready < 1:
+                    await changed.wait()
+                    changed.clear()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ from stillframe.vmm.driver import Machine
 
 log = logging.getLogger("stillframe.warm")
 MAX_WARM = 1000
+_AFTER_FAILURE = 60.0  # seconds until what failed is tried again
 
 
 @dataclass(slots=True, eq=False)
@@ -48,11 +50,25 @@ class WarmFork:
 
 @dataclass(slots=True)
 class _Pool:
-    """The warm forks of one snapshot."""
+    """The warm forks of one snapshot.
+
+    ``limited_by`` is why no more are made. It goes when something else does, or, when it was a
+    failure, at ``again_at`` (seconds of the event loop's clock).
+    """
 
     ready: deque[WarmFork] = field(default_factory=deque)
     filling: int = 0
     limited_by: str | None = None
+    again_at: float = math.inf
+
+    def failed(self, reason: str) -> None:
+        """Make no more for a while."""
+        self.limited_by = reason
+        self.again_at = asyncio.get_running_loop().time() + _AFTER_FAILURE
+
+    def free(self) -> None:
+        """Make more, if more are wanted."""
+        self.limited_by, self.again_at = None, math.inf
 
 
 class WarmForks:
@@ -111,7 +127,7 @@ class WarmForks:
             )
         snapshot = replace(snapshot, warm_count=count)
         self._context.records.update_snapshot(snapshot)
-        self._pools.setdefault(snapshot_id, _Pool()).limited_by = None
+        self._pools.setdefault(snapshot_id, _Pool()).free()
         self._drop(snapshot_id, keep=count)
         await self._ended()
         self._changed.set()
@@ -140,14 +156,19 @@ class WarmForks:
     def take(self, snapshot_id: str) -> WarmFork | None:
         """A warm fork, now the caller's to ``claim``; None when there is none."""
         pool = self._pools.get(snapshot_id)
-        if pool is None or not pool.ready:
+        if pool is None:
+            return None
+        self._room_again()
+        if not pool.ready:
             return None
         warm = pool.ready.popleft()
         self._unwatch(warm)
-        for other in self._pools.values():  # there is room again
-            other.limited_by = None
-        self._changed.set()
         return warm
+
+    def _room_again(self) -> None:
+        for pool in self._pools.values():
+            pool.free()
+        self._changed.set()
 
     async def claim(
         self,
@@ -188,19 +209,37 @@ class WarmForks:
             self._changed.clear()
             snapshot = self._next()
             if snapshot is None:
-                await self._changed.wait()
+                await self._news()
                 continue
             await self._context.quiet()
             pool = self._pools.setdefault(snapshot.id, _Pool())
             pool.filling = 1
             try:
                 await self._fill_one(snapshot.id, pool)
+            except StillframeError as error:
+                log.warning("a fork of %s could not be kept warm: %s", snapshot.id, error)
+                pool.failed(f"it failed: {error.message}")
+            except Exception:  # a fault of ours: the other pools go on
+                log.exception("a fork of %s could not be kept warm", snapshot.id)
+                pool.failed("it failed for an internal error, see the server's log")
             finally:
                 pool.filling = 0
                 self._context.announce(snapshot.id)
 
+    async def _news(self) -> None:
+        """Return when something has changed, or a failed pool is to be tried again."""
+        again = min((pool.again_at for pool in self._pools.values()), default=math.inf)
+        now = asyncio.get_running_loop().time()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(None if math.isinf(again) else max(0.0, again - now)):
+                await self._changed.wait()
+
     def _next(self) -> Snapshot | None:
         """The snapshot that lacks the most and is not limited."""
+        now = asyncio.get_running_loop().time()
+        for pool in self._pools.values():
+            if pool.again_at <= now:
+                pool.free()
         lacking = [
             (snapshot.warm_count - len(pool.ready), snapshot)
             for snapshot in self._context.records.snapshots.values()
@@ -222,17 +261,8 @@ class WarmForks:
                 f"{format_size(budget)} are used"
             )
             return
-        try:
-            async with self._context.using(snapshot_id) as snapshot:
-                warm = await self._make(snapshot)
-        except StillframeError as error:
-            log.warning("a fork of %s could not be kept warm: %s", snapshot_id, error)
-            pool.limited_by = f"it failed: {error.message}"
-            return
-        except Exception:  # a fault of ours: the other pools go on
-            log.exception("a fork of %s could not be kept warm", snapshot_id)
-            pool.limited_by = "it failed for an internal error, see the server's log"
-            return
+        async with self._context.using(snapshot_id) as snapshot:
+            warm = await self._make(snapshot)
         current = self._context.records.snapshots.get(snapshot_id)
         if current is None or len(pool.ready) >= current.warm_count:
             await warm.undo.aclose()  # no longer wanted
@@ -283,6 +313,7 @@ class WarmForks:
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
         task.add_done_callback(lambda _: self._context.expanded.sweep())
+        task.add_done_callback(lambda _: self._room_again())
 
     async def _ended(self) -> None:
         if self._endings:
