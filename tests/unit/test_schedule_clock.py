@@ -22,7 +22,7 @@ from stillframe.model.schedules import Schedule, ScheduleRequest
 from stillframe.model.states import InstanceState
 from stillframe.model.values import SnapshotKind
 from support.clock import DAY, HOUR, MINUTE, START, SetClock, look, stopped
-from support.engine import make_engine, running
+from support.engine import make_engine, open_engine, running
 
 HOURLY = ScheduleRequest(Retention(max_count=3), interval=HOUR)
 
@@ -101,6 +101,28 @@ async def test_a_leap_that_lasts_is_believed_after_a_day(engine: Engine, clock: 
         clock.go_on(HOUR)
     clock.go_on(HOUR)
     assert await look(engine) == []
+
+
+@pytest.mark.parametrize(("away", "left"), [(12 * HOUR, 0), (30 * DAY, 1)])
+async def test_a_clock_far_ahead_at_the_start_is_believed_after_a_day(
+    tmp_path: Path, clock: SetClock, away: timedelta, left: int
+) -> None:
+    """A host that boots in the future deletes nothing; one that was down for a night does."""
+    first = make_engine(tmp_path)
+    clock.rule(first)
+    async with open_engine(tmp_path, first):
+        source = await stopped(first)
+        taken = await first.snapshot(source.id, kind=SnapshotKind.STOPPED)
+        first.edit_snapshot(taken.id, {"expires_at": START + 10 * HOUR})
+    clock.leap(away)
+    second = make_engine(tmp_path)
+    clock.rule(second)
+    async with open_engine(tmp_path, second):
+        assert len(await look(second)) == left
+        clock.go_on(9 * HOUR)  # by the time that is believed it has not expired
+        assert len(await look(second)) == left
+        clock.go_on(15 * HOUR)
+        assert await look(second) == []
 
 
 async def test_a_leap_of_a_day_back_delays_no_run_by_a_day(engine: Engine, clock: SetClock) -> None:

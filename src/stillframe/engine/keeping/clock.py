@@ -5,6 +5,9 @@ What a clock set wrong would delete is gone when it is set right. So expiry and 
 ahead, the believed time goes on at the monotonic clock's pace, and takes the leap over when the
 wall clock has held to it for ``PATIENCE``. A clock that goes back is believed at once: nothing
 is ever deleted too early by it.
+
+A start is no exception: what it finds is held against the newest time in the records. Up to
+``PATIENCE`` beyond that it is taken for the time the server was down, and further for a leap.
 """
 
 from __future__ import annotations
@@ -34,6 +37,14 @@ class BelievedClock:
         self._believed: timedelta | None = None
         self._seen = timedelta(0)
         self._since = 0.0  # when the wall clock was first seen to hold to the last offset
+
+    def begin(self, newest: datetime | None) -> None:
+        """Start from the newest time that is known to have been (None: nothing is)."""
+        wall, steady = self.now(), self.steady()
+        offset = wall - datetime.fromtimestamp(steady, UTC)
+        self._believed, self._seen, self._since = offset, offset, steady
+        if newest is not None and wall - newest > PATIENCE:
+            self._believed = newest - datetime.fromtimestamp(steady, UTC)
 
     def read(self) -> datetime:
         """The believed time (UTC)."""

@@ -25,7 +25,7 @@ from typing import Any
 
 from stillframe.engine.context import Context
 from stillframe.engine.keeping import retain
-from stillframe.engine.keeping.clock import BelievedClock, steady_seconds
+from stillframe.engine.keeping.clock import PATIENCE, BelievedClock, steady_seconds
 from stillframe.engine.verbs import snapshot as taking
 from stillframe.model.errors import (
     Conflict,
@@ -46,6 +46,7 @@ from stillframe.model.schedules import (
 )
 from stillframe.model.states import InstanceState
 from stillframe.model.values import Instance, Snapshot, SnapshotKind
+from stillframe.store.records import Records
 
 log = logging.getLogger("stillframe.schedule")
 _LONGEST_SLEEP = (
@@ -144,6 +145,10 @@ class Scheduler:
     # -- the task -----------------------------------------------------------------------------
     def start(self) -> None:
         """Settle runs that an earlier server did not finish, then look after what is due."""
+        newest = _newest_time(self._context.records)
+        self.clock.begin(newest)
+        if newest is not None and self.clock.read() < self._context.now() - PATIENCE:
+            log.warning("the newest record is of %s: nothing expires before tomorrow", newest)
         for schedule in list(self._context.records.schedules.values()):
             if schedule.pending is not None:
                 self._settle(schedule)
@@ -376,6 +381,17 @@ class Scheduler:
         # It can wait: a server that never read it finds out by its own first look.
         self._context.records.put_schedule(anew, can_wait=True)
         return anew.next_run_at
+
+
+def _newest_time(records: Records) -> datetime | None:
+    """The latest moment at which anything recorded has happened."""
+    times = [snapshot.created_at for snapshot in records.snapshots.values()]
+    for instance in records.instances.values():
+        lived = (instance.created_at, instance.phase_since, instance.resumed_at)
+        times += [moment for moment in lived if moment is not None]
+    for schedule in records.schedules.values():
+        times += [schedule.last_run_at or schedule.updated_at, schedule.updated_at]
+    return max(times, default=None)
 
 
 def _kind_for(instance: Instance) -> SnapshotKind:
