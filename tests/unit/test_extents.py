@@ -16,6 +16,7 @@ from stillframe.host.extents import (
     files_in,
     freed_by_deleting,
     parse_extents,
+    shared_bytes,
 )
 from stillframe.host.files import CloneKind, allocated_bytes, clone, fsync_file
 
@@ -87,7 +88,7 @@ def test_many_extents_are_read_page_by_page(
             pytest.skip("this file system has no FIEMAP")
         monkeypatch.setattr(extents, "_EXTENTS_AT_ONCE", 3)
         assert list(extents.extents(file.fileno())) == at_once
-    assert {number * MIB for number in range(20)} <= {offset for offset, _, _ in at_once}
+    assert {number * MIB for number in range(20)} <= {offset for offset, _, _, _ in at_once}
     assert exclusive_bytes(path) == allocated_bytes(path)
 
 
@@ -98,9 +99,27 @@ def test_the_kernel_s_answer_is_read_field_by_field() -> None:
     answer = struct.pack("=QQLLLL", 0, 2**64 - 1, 0, 2, 512, 0)
     answer += extent(0, 4096, FIEMAP_EXTENT_SHARED) + extent(8192, 512, FIEMAP_EXTENT_LAST)
     assert list(parse_extents(answer)) == [
-        (0, 4096, FIEMAP_EXTENT_SHARED),
-        (8192, 512, FIEMAP_EXTENT_LAST),
+        (0, 4096, FIEMAP_EXTENT_SHARED, 7 << 12),
+        (8192, 512, FIEMAP_EXTENT_LAST, 7 << 12),
     ]
+
+
+def test_two_files_have_in_common_what_one_got_from_the_other(reflink_dir: Path) -> None:
+    one, two, three = (reflink_dir / name for name in ("one", "two", "three"))
+    one.write_bytes(os.urandom(MIB))
+    fsync_file(one)
+    assert shared_bytes(one, reflink_dir / "nothing") == 0
+    clone(one, two)
+    assert shared_bytes(two, one) == MIB
+    with two.open("r+b") as file:
+        file.write(os.urandom(MIB // 4))
+    fsync_file(two)
+    assert shared_bytes(two, one) == shared_bytes(one, two) == MIB - MIB // 4
+    three.write_bytes(os.urandom(MIB))
+    fsync_file(three)
+    assert shared_bytes(three, one) == 0
+    (reflink_dir / "link").hardlink_to(three)
+    assert shared_bytes(three, reflink_dir / "link") == MIB
 
 
 def test_without_fiemap_the_allocated_blocks_count(

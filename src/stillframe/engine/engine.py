@@ -20,6 +20,7 @@ from stillframe.engine.interface import (
     WaitResult,
     WarmStatus,
 )
+from stillframe.engine.keeping import stored
 from stillframe.engine.keeping.compression import Compressor
 from stillframe.engine.keeping.expanded import ExpandedImages
 from stillframe.engine.keeping.schedule import Scheduler
@@ -79,6 +80,7 @@ class Engine(KeepingVerbs):
     async def open(self) -> None:
         """Recover what an earlier server left, adopt its VMs, and be ready."""
         await recover.recover(self.context)
+        await stored.settle(self.context)
         self.context.expanded.open()
         self.context.warm.open()
         self.context.compressor.open()

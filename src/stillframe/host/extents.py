@@ -61,6 +61,50 @@ def freed_by_deleting(paths: Iterable[Path]) -> int:
     return freed
 
 
+def shared_bytes(path: Path, other: Path) -> int:
+    """Bytes on disk that two files have in common: all, by a hard link, or extents, by reflinks.
+
+    None when the other is not there. Blocks; call it from a thread. Raises OSError.
+    """
+    status = path.stat(follow_symlinks=False)
+    try:
+        beside = other.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return 0
+    if (status.st_dev, status.st_ino) == (beside.st_dev, beside.st_ino):
+        return status.st_blocks * _BLOCK
+    with contextlib.suppress(FileNotFoundError):
+        return _common(_shared_runs(path), _shared_runs(other))
+    return 0
+
+
+def _shared_runs(path: Path) -> list[tuple[int, int]]:
+    """Where on the device the shared extents of a file begin and end, in order."""
+    with path.open("rb") as file:
+        try:
+            return sorted(
+                (physical, physical + length)
+                for _, length, flags, physical in extents(file.fileno())
+                if flags & FIEMAP_EXTENT_SHARED
+            )
+        except OSError as error:
+            if error.errno not in _NO_FIEMAP:
+                raise
+            return []
+
+
+def _common(one: list[tuple[int, int]], two: list[tuple[int, int]]) -> int:
+    """How much two lists of runs overlap."""
+    common, i, j = 0, 0, 0
+    while i < len(one) and j < len(two):
+        common += max(0, min(one[i][1], two[j][1]) - max(one[i][0], two[j][0]))
+        if one[i][1] < two[j][1]:
+            i += 1
+        else:
+            j += 1
+    return common
+
+
 def allocated_in(directory: Path, seen: set[tuple[int, int]]) -> int:
     """Bytes on disk of all files below a directory, those in ``seen`` (device, inode) left out.
 
@@ -88,7 +132,7 @@ def _exclusive(path: Path, status: os.stat_result) -> int:
         return 0
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        shared = sum(length for _, length, flags in extents(fd) if flags & FIEMAP_EXTENT_SHARED)
+        shared = sum(length for _, length, flags, _ in extents(fd) if flags & FIEMAP_EXTENT_SHARED)
     except OSError as error:
         if error.errno not in _NO_FIEMAP:
             raise
@@ -98,8 +142,10 @@ def _exclusive(path: Path, status: os.stat_result) -> int:
     return max(0, status.st_blocks * _BLOCK - shared)
 
 
-def extents(fd: int) -> Iterator[tuple[int, int, int]]:
-    """Yield ``(offset, length, FIEMAP flags)`` in bytes of an open file's extents, in order.
+def extents(fd: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield ``(offset, length, FIEMAP flags, place)`` of an open file's extents, in order.
+
+    In bytes; the place is that on the device.
 
     Raises OSError; EOPNOTSUPP where the file system has no FIEMAP.
     """
@@ -116,11 +162,11 @@ def extents(fd: int) -> Iterator[tuple[int, int, int]]:
         start = page[-1][0] + page[-1][1]
 
 
-def parse_extents(buffer: bytes | bytearray) -> Iterator[tuple[int, int, int]]:
-    """Yield ``(offset, length, flags)`` of the extents in a ``struct fiemap`` the kernel filled."""
+def parse_extents(buffer: bytes | bytearray) -> Iterator[tuple[int, int, int, int]]:
+    """Yield ``(offset, length, flags, place)`` of a ``struct fiemap`` that the kernel filled."""
     mapped = _HEADER.unpack_from(buffer)[3]
     for number in range(mapped):
-        logical, _, length, flags = _EXTENT.unpack_from(
+        logical, physical, length, flags = _EXTENT.unpack_from(
             buffer, _HEADER.size + number * _EXTENT.size
         )
-        yield logical, length, flags
+        yield logical, length, flags, physical

@@ -196,8 +196,8 @@ class Snapshot:
     """A write-once capture of an instance.
 
     ``template`` is the source instance as it was at the capture: what a fork starts from.
-    ``size_bytes`` is the apparent size of the payload, ``stored_bytes`` what it took on disk for
-    itself alone when it was made: bytes shared with other images are not counted.
+    ``size_bytes`` is the apparent size of the payload, ``stored_bytes`` what it takes on disk, but
+    for what it shares with the snapshot ``stored_beside``, where that is counted.
     ``pause_ms`` is how long the guest stood still; ``timings_ms`` says where the time went.
     ``warm_count`` is how many forks are to stand ready, loaded and waiting.
     ``parent_snapshot_id`` is the snapshot its state descends from: the one before it of the same
@@ -232,6 +232,7 @@ class Snapshot:
     expires_at: datetime | None = None
     pinned: bool = False
     damaged: str | None = None
+    stored_beside: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

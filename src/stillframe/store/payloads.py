@@ -28,8 +28,8 @@ from typing import Any
 
 from blake3 import blake3
 
-from stillframe.host.extents import exclusive_bytes
-from stillframe.host.files import atomic_write, fsync_directory, fsync_file
+from stillframe.host.extents import shared_bytes
+from stillframe.host.files import allocated_bytes, atomic_write, fsync_directory, fsync_file
 from stillframe.model.values import CompressionAlgorithm
 from stillframe.store.compression import CompressedReader
 from stillframe.store.digests import table_size, write_table
@@ -51,7 +51,7 @@ _ADDING_TABLES = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class PayloadSize:
-    """Bytes of a payload: apparent (``size``), and on disk for it alone (``stored``)."""
+    """Bytes of a payload: apparent (``size``), and on disk (``stored``); see ``measure``."""
 
     size: int
     stored: int
@@ -180,15 +180,18 @@ def image_key(payload: Payload) -> str:
     return entry.table_blake3
 
 
-def measure(payload: Payload) -> PayloadSize:
+def measure(payload: Payload, beside: Payload | None = None) -> PayloadSize:
     """Sizes of the payload's regular files as they are now.
 
-    What the payload shares with others, by hard link or by reflink, is not counted as stored.
+    What they share with the files of the same names ``beside``, by hard link or by reflink, is not
+    counted as stored. Raises OSError.
     """
-    paths = _files(payload)
-    return PayloadSize(
-        size=sum(p.stat().st_size for p in paths), stored=sum(exclusive_bytes(p) for p in paths)
-    )
+    paths, stored = _files(payload), 0
+    for path in paths:
+        stored += allocated_bytes(path)
+        if beside is not None:
+            stored -= shared_bytes(path, beside.directory / path.name)
+    return PayloadSize(size=sum(p.stat().st_size for p in paths), stored=stored)
 
 
 def publish(built: Payload, final: Payload) -> None:

@@ -302,6 +302,13 @@ class Records:
             )
         self.snapshots[snapshot.id] = snapshot
 
+    def restate_snapshot(self, snapshot: Snapshot) -> None:
+        """Write figures of a known snapshot that are as they are; later if it cannot be now."""
+        self._now_or_later(
+            ("UPDATE snapshots SET document = ? WHERE id = ?", (to_json(snapshot), snapshot.id))
+        )
+        self.snapshots[snapshot.id] = snapshot
+
     def drop_snapshot(self, snapshot_id: str, intent: Intent | None = None) -> None:
         """Forget a snapshot; with ``intent`` (its removal) in the same transaction.
 

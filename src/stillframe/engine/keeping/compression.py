@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from stillframe.engine.context import Context, Phases
 from stillframe.engine.keeping.expanded import cancellable
 from stillframe.engine.keeping.quota import check_free
+from stillframe.engine.keeping.stored import measure_anew, measure_heirs
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import allocated_bytes, storage_errors
 from stillframe.model.errors import HostFailure, InvalidRequest, StillframeError, StorageFull
@@ -225,6 +226,8 @@ class Compressor:
             self._put_off(snapshot_id, error)
         else:
             self._update(snapshot_id, size_bytes=size.size, stored_bytes=size.stored, **facts)
+            await measure_anew(self._context, snapshot_id, snapshot.stored_beside)
+            await measure_heirs(self._context, snapshot_id, snapshot_id)
 
     def _update(self, snapshot_id: str, **changes: Any) -> None:
         """Change the record as it is by now; gone stays gone."""

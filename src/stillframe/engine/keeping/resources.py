@@ -29,7 +29,8 @@ async def resources(context: Context) -> HostResources:
     instances = list(context.records.instances.values())
     shares = tuple(_share(instance) for instance in instances)
     with storage_errors("measure the data directory"):
-        use = await asyncio.to_thread(_disk_use, data)
+        # Of snapshots as the quota counts them: a walk would count shared extents many times.
+        use = await asyncio.to_thread(_disk_use, data, stored_bytes(context))
         free, total = available_bytes(data.root), total_bytes(data.root)
     spare = max(0, free - settings.min_free_bytes)
     taken = use.images + use.instances + use.snapshots
@@ -66,10 +67,10 @@ def _share(instance: Instance) -> InstanceShare:
     )
 
 
-def _disk_use(data: DataDirectory) -> DiskUse:
+def _disk_use(data: DataDirectory, snapshots: int) -> DiskUse:
     seen: set[tuple[int, int]] = set()
     # In this order: an image that a snapshot and its forks share is the snapshot's.
-    snapshots = allocated_in(data.snapshots, seen)
+    allocated_in(data.snapshots, seen)
     instances = allocated_in(data.instances, seen)
     images = sum(allocated_in(place, seen) for place in (data.images, data.system, data.templates))
     return DiskUse(images, instances, snapshots)

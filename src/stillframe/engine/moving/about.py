@@ -61,6 +61,7 @@ def snapshot_told(
         template=template,
         size_bytes=0,
         stored_bytes=0,
+        stored_beside=None,
         timings_ms={},
         compression=None,
         compression_state=CompressionState.NONE,

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from stillframe.engine.context import Context
-from stillframe.engine.keeping.quota import check_room, check_space
+from stillframe.engine.keeping.quota import EXPECTED, check_room, check_space
 from stillframe.engine.keeping.steps import Steps
 from stillframe.engine.moving.about import snapshot_told
 from stillframe.engine.moving.compatibility import machine_reasons
@@ -67,7 +67,8 @@ class Arrival:
         check_room(context, 0)
         self.spoilt = False
         self._context, self._steps, self._undo = context, Steps(), contextlib.AsyncExitStack()
-        snapshot_id, limit = context.new_id(), context.settings.max_archive_bytes
+        self._snapshot_id = snapshot_id = context.new_id()
+        limit = context.settings.max_archive_bytes
         self._building = context.data.snapshot_new(snapshot_id)
         self._final = context.data.snapshot(snapshot_id)
         facts = {"name": wishes.name or ""}
@@ -110,7 +111,9 @@ class Arrival:
             self._told = await self._judge.snapshot()
         if importer.position.data - self._looked >= _LOOK:
             self._looked = importer.position.data
-            check_space(self._context, 0, written_bytes=self._looked)
+            own, written = self._snapshot_id, self._looked
+            check_space(self._context, 0, written_bytes=written, own=own)
+            self._context.records.amend(own, {EXPECTED: str(written)})
 
     async def finish(self) -> Snapshot:
         """Make the snapshot of what has come: data, manifest, record on disk, in that order.
@@ -291,7 +294,7 @@ def _publish(building: Payload, final: Payload) -> PayloadSize:
 def _commit(context: Context, taken: Snapshot, image: Path | None) -> None:
     """Add the image if it is needed, then the record. Nothing else happens in between."""
     digest, added = taken.template.image_digest, False
-    check_space(context, 0, written_bytes=taken.stored_bytes)
+    check_space(context, 0, written_bytes=taken.stored_bytes, own=taken.id)
     if not _has_image(context, digest):
         if image is None:
             raise _image_missing(taken)  # deleted meanwhile

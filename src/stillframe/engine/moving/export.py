@@ -13,6 +13,7 @@ from blake3 import blake3
 import stillframe
 from stillframe.engine.context import Context
 from stillframe.engine.keeping.steps import Steps
+from stillframe.engine.keeping.stored import payload_beside
 from stillframe.engine.keeping.verify import refuse_damaged
 from stillframe.host.files import storage_errors
 from stillframe.images.boot import load_boot_pair
@@ -133,7 +134,7 @@ async def _with_digests(context: Context, snapshot: Snapshot) -> Snapshot:
         if not any(lacks_digests(name, entry) for name, entry in entries.items()):
             return None
         add_tables(payload)
-        return measure(payload)
+        return measure(payload, payload_beside(context, snapshot.stored_beside))
 
     with storage_errors("add digests to the snapshot"):
         size = await Steps().run(add)  # to its end, also when cancelled: a deletion waits for it
@@ -170,6 +171,7 @@ def about_of(snapshot: Snapshot) -> dict[str, Any]:
         pinned=False,
         damaged=None,
         stored_bytes=0,
+        stored_beside=None,
         compression=None,
         compression_state=CompressionState.NONE,
         compression_error=None,

@@ -10,7 +10,8 @@ from dataclasses import replace
 from stillframe.engine.capture import capture, manifest_facts
 from stillframe.engine.context import Context, Phases
 from stillframe.engine.keeping.compression import begun, chosen
-from stillframe.engine.keeping.quota import check_room, expected_bytes
+from stillframe.engine.keeping.quota import EXPECTED, check_room, expected_bytes, expected_stored
+from stillframe.engine.keeping.stored import measure_heirs, measured, nearest_living
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import clone, remove_tree, storage_errors
 from stillframe.model.errors import Conflict, InvalidRequest, NameConflict
@@ -54,7 +55,8 @@ async def snapshot(
             raise _name_taken(name)
         standby = kind is SnapshotKind.STANDBY
         config = chosen(context, instance, compression) if standby else None
-        check_room(context, expected_bytes(context, instance))
+        stored = await expected_stored(context, instance, kind)
+        check_room(context, expected_bytes(context, instance), stored)
         wanted = Snapshot(
             id=context.new_id(),
             kind=kind,
@@ -68,7 +70,7 @@ async def snapshot(
             parent_snapshot_id=instance.head_snapshot_id or instance.parent_snapshot_id,
             template=instance,
         )
-        taken = await _take(context, instance, wanted, config)
+        taken = await _take(context, instance, replace(wanted, stored_bytes=stored), config)
     context.compressor.want_snapshot(taken)
     return taken
 
@@ -79,7 +81,7 @@ async def _take(
     snapshot_id, name = wanted.id, wanted.name
     building, final = context.data.snapshot_new(snapshot_id), context.data.snapshot(snapshot_id)
     phases = Phases()
-    facts = {"source": instance.id, "name": name or ""}
+    facts = {"source": instance.id, "name": name or "", EXPECTED: str(wanted.stored_bytes)}
     context.records.intend(Intent(snapshot_id, "snapshot", facts))
     async with contextlib.AsyncExitStack() as undo:
         undo.callback(context.records.fulfil, snapshot_id)
@@ -95,12 +97,11 @@ async def _take(
             wanted,
             created_at=context.now(),
             size_bytes=size.size,
-            stored_bytes=size.stored,
             pause_ms=pause_ms,
             timings_ms=phases.total(),
             template=_template(context, instance, wanted.kind),
         )
-        taken = begun(taken, final, config)
+        taken = begun(await measured(context, taken), final, config)
         try:
             context.records.put_snapshot(taken, head=True)
         except NameConflict as error:
@@ -171,14 +172,14 @@ async def delete_snapshot(context: Context, snapshot_id: str) -> None:
 
     Raises NotFound; HostFailure when files of it cannot be removed (it is deleted all the same).
     """
-    context.snapshot(snapshot_id)
-    subject = snapshot_id
+    beside, subject = context.snapshot(snapshot_id).stored_beside, snapshot_id
     context.records.drop_snapshot(snapshot_id, Intent(subject, "delete snapshot", {}))
     await context.compressor.cancel(snapshot_id)
     await context.warm.forget(snapshot_id)
     await context.snapshot_unused(snapshot_id)
     with storage_errors("remove the files of the snapshot; the next start will"):
         await asyncio.to_thread(remove_tree, context.data.snapshot(snapshot_id).directory)
+    await measure_heirs(context, snapshot_id, nearest_living(context, beside))
     context.records.fulfil(subject)
     context.expanded.sweep()  # it may have had the last link of an image
     context.compressor.space_freed()
