@@ -57,17 +57,14 @@ class Circumstances:
         """For results.json, with what this machine is."""
         return {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": _commit(),
+            **circumstances(),
             "runs": self.runs,
             "quick": self.quick,
             "running_stops_at": "resumed_at" if self.has_resumed_at else "the HTTP answer",
             "qemu": self.qemu,
             "accelerator": self.accelerator,
             "file_system": self.file_system,
-            "kernel": platform.release(),
-            "processor": _processor(),
             "cores": os.cpu_count(),
-            "python": platform.python_version(),
             "load_before": self.load_before,
             "seconds": round(self.seconds),
         }
@@ -153,6 +150,17 @@ def _circumstances_text(facts: dict[str, Any]) -> str:
         f"before {facts['load_before']:.2f}.",
     ]
     return "\n".join(lines)
+
+
+def circumstances(data: Path | None = None) -> dict[str, str]:
+    """Commit, kernel, processor and Python; with ``data`` the file system that holds it."""
+    return {
+        "commit": _commit(),
+        "kernel": platform.release(),
+        "processor": _processor(),
+        "python": platform.python_version(),
+        **({} if data is None else {"file_system": file_system_of(data)}),
+    }
 
 
 def _commit() -> str:

@@ -44,7 +44,7 @@ class Bench:
         self._held = contextlib.ExitStack()
         self._stage: Stage | None = None
         self._numbers = count(1)
-        self._slowest_start = 0.0
+        self._starts: list[float] = []
 
     def stage(self) -> Stage:
         """The stage, in order."""
@@ -60,15 +60,15 @@ class Bench:
 
     def spoiled(self) -> None:
         """Throw the stage away."""
-        self._slowest_start = self.slowest_start
+        self._starts = self.starts
         self._stage = None
         self._held.close()
 
     @property
-    def slowest_start(self) -> float:
-        """Seconds that the slowest start of a server took."""
-        present = self._stage.world.slowest_start if self._stage is not None else 0.0
-        return max(self._slowest_start, present)
+    def starts(self) -> list[float]:
+        """Seconds that the starts after kills took; the first of a stage also loads the program."""
+        present = self._stage.world.starts[1:] if self._stage is not None else []
+        return self._starts + present
 
     def fresh_name(self) -> str:
         """A name that nobody has."""

@@ -32,11 +32,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What came of a task: the tally, and the seconds that it and the slowest start took."""
+    """What came of a task: the tally, and the seconds that it and each start after a kill took."""
 
     tally: Tally
     seconds: float
-    slowest_start: float
+    starts: list[float]
 
 
 def try_all(tasks: Iterable[Task], processes: int, report: Callable[[str], None]) -> Iterator[Done]:
@@ -86,10 +86,10 @@ def _work(orders: Pipe) -> None:
     verbs = {verb.name: verb for verb in VERBS}
     with open_bench() as bench:
         while isinstance(task := orders.recv(), Task):
-            began = time.monotonic()
+            began, before = time.monotonic(), len(bench.starts)
             tally = try_verb(
                 bench, verbs[task.verb], task.fault,
                 points=count(1, task.every), report=orders.send,
             )  # fmt: skip
-            orders.send(Done(tally, time.monotonic() - began, bench.slowest_start))
+            orders.send(Done(tally, time.monotonic() - began, bench.starts[before:]))
     orders.send(None)

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -179,7 +180,7 @@ def test_every_other_verb_survives_a_kill_in_its_middle(bench: Bench, name: str)
 
 def test_kills_at_random_lose_nothing(tmp_path: Path) -> None:
     with running_world(tmp_path) as world:
-        assert kill_at_random(world, 3, seed=1) > 0
+        assert kill_at_random(world, 3, seed=1).promised > 0
 
 
 def test_a_thousand_snapshots_do_not_hold_up_a_start(tmp_path: Path) -> None:
@@ -191,3 +192,24 @@ def test_a_thousand_snapshots_do_not_hold_up_a_start(tmp_path: Path) -> None:
         assert time.monotonic() - began < 5  # seconds: what is promised
         (found,) = world.must("GET", "/snapshots?tags[number]=7")
         assert found["name"] == "snapshot-7"
+
+
+def test_a_thousand_snapshots_do_not_hold_up_a_start_after_a_kill_at_work(tmp_path: Path) -> None:
+    make_many(tmp_path / "data", 1000)
+    with running_world(tmp_path) as world:
+        guests = {name: world.boot(name, f"of-{name}") for name in ("one", "two")}
+        wish = {"kind": "Standby", "name": "wanted"}
+        for call in ("create */memory.blake3", "send to a VMM", "rename */snapshots/[!.]*[!n]"):
+            world.injector.arm(Fault.KILL, 1, call)
+            assert world.request("POST", f"/instances/{guests['one']}/snapshots", wish)[0] == 0
+            assert world.injector.disarm().struck
+            world.restart()
+            assert world.intents() == []
+            for name, identifier in guests.items():
+                world.expect(identifier, "Running", f"of-{name}")
+        # One may be late on a machine that does other things: what is promised goes for most.
+        assert median(world.starts[1:]) < 5
+        kept = {snapshot["id"] for snapshot in world.must("GET", "/snapshots")}
+        assert len(kept) == 1000
+        assert {path.name for path in world.data.snapshots.iterdir()} == kept
+        assert world.request("POST", f"/instances/{guests['one']}/snapshots", wish)[0] == 201

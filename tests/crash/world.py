@@ -58,7 +58,7 @@ class World:
             self.data_dir, {**_ENVIRONMENT, **self.injector.environment, **environment}
         )
         self.data = DataDirectory(self.data_dir)
-        self.slowest_start = 0.0  # seconds
+        self.starts: list[float] = []  # seconds that each took; the first loaded the program
         self._sdk: Hypeman | None = None
         self._numbers = 0
 
@@ -67,7 +67,7 @@ class World:
         """Start the server; it must be ready soon."""
         began = time.monotonic()
         self.server.start()
-        self.slowest_start = max(self.slowest_start, time.monotonic() - began)
+        self.starts.append(time.monotonic() - began)
         if self._sdk is None:
             self._sdk = Hypeman(api_key=self._token(), timeout=60, max_retries=0)
         self._sdk.base_url = self.server.url
