@@ -171,6 +171,16 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def changed_files() -> list[str]:
+    """Tracked files that differ from the last commit, but for the results themselves."""
+    done = subprocess.run(
+        ["git", "status", "--porcelain", "--untracked-files=no", "--", ".",
+         ":!bench/results.*", ":!bench/plots"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return [line[3:] for line in done.stdout.splitlines()]
+
+
 def _processor() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):

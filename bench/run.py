@@ -34,7 +34,7 @@ from bench import (
 )
 from bench.lab import Lab, open_lab
 from bench.plots import draw
-from bench.report import ROOT, Circumstances, file_system_of, write
+from bench.report import ROOT, Circumstances, changed_files, file_system_of, write
 from bench.results import Row
 from bench.server import scratch_directory
 
@@ -129,6 +129,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if unknown := sorted(set(only) - set(KEYS)):
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(KEYS)}")
     partial = options.quick or only or options.runs is not None
+    if not partial and options.out is None and (changed := changed_files()):
+        parser.error(
+            f"figures are of a commit, and {', '.join(changed)} changed since: commit, or use --out"
+        )
     options.out = options.out or ROOT / ("build/bench" if partial else "bench")
     options.only = only or list(KEYS)
     options.runs = options.runs or (3 if options.quick else 20)

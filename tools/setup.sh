@@ -10,6 +10,7 @@ mkdir -p "$STAMPS"
 
 PACKAGES=(
     qemu-system-x86 qemu-utils          # the hypervisor
+    slirp4netns                         # the network of guests under the other hypervisors
     busybox-static squashfs-tools e2fsprogs  # images and disks
     xfsprogs                            # a file system that shares blocks, for tests and figures
     musl-tools gcc make                 # the guest agent

@@ -18,7 +18,7 @@ import pytest
 
 from stillframe.guest.connection import AgentConnection
 from stillframe.guest.exec import start_exec
-from stillframe.host.capture import MemoryCapture
+from stillframe.host.capture import BufferBudget, MemoryCapture
 from stillframe.host.files import clone, create_sparse
 from stillframe.host.image import open_private
 from stillframe.host.memory import GuestMemory
@@ -143,7 +143,7 @@ class Bench:
         if not machine.writes_memory:
             with GuestMemory(pid, image) as memory, open_private(home / "memory") as fd:
                 assert memory.private_pages().total > 0
-                taken = MemoryCapture(memory, fd, incremental=False, buffer_limit=MEMORY)
+                taken = MemoryCapture(memory, fd, incremental=False, budget=BufferBudget(MEMORY))
                 taken.ahead()
                 taken.still()
                 taken.after()

@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import time
+from collections import Counter
 from collections.abc import Awaitable
 from dataclasses import replace
 from hashlib import blake2b
@@ -18,12 +19,13 @@ from conformance.conftest import Bench
 from stillframe.guest.connection import AgentConnection
 from stillframe.guest.exec import start_exec
 from stillframe.guest.identity import identify, shutdown
-from stillframe.host.capture import MemoryCapture
+from stillframe.host.capture import BufferBudget, MemoryCapture
 from stillframe.host.files import clone, copy_into, create_sparse
 from stillframe.host.image import open_private
 from stillframe.host.memory import GuestMemory
 from stillframe.model.errors import GuestFailure, StillframeError, VmmFailure
 from stillframe.vmm.driver import Machine, MachineResources, MachineStatus
+from support.descriptors import descriptors
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -56,6 +58,7 @@ async def test_a_guest_boots_and_greets(bench: Bench) -> None:
 
 @pytest.mark.parametrize("vcpus", [1, 4])
 async def test_memory_goes_on_in_a_new_process(bench: Bench, vcpus: int) -> None:
+    """F28: what was loaded stands still until it is resumed."""
     async with bench.booted("one", vcpus) as (machine, resources):
         async with bench.agent(machine) as connection:
             boot = connection.hello.boot_id
@@ -101,7 +104,7 @@ async def test_memory_copied_while_the_guest_runs_is_whole(bench: Bench) -> None
                 open_private(image) as fd,
             ):
                 assert memory.tracked == bench.tracks_writes
-                copy = MemoryCapture(memory, fd, incremental=False, buffer_limit=1 << 28)
+                copy = MemoryCapture(memory, fd, incremental=False, budget=BufferBudget(1 << 28))
                 await asyncio.to_thread(copy.ahead)
                 await bench.keep(connection, "meanwhile")
                 await machine.pause()
@@ -178,6 +181,24 @@ async def test_a_vmm_outlives_us_and_is_adopted(bench: Bench) -> None:
             await adopted.kill()
         with pytest.raises(VmmFailure):
             await bench.driver.adopt(machine.process, resources)
+
+
+async def test_vms_that_were_ended_leave_nothing_open(bench: Bench) -> None:
+    """Neither by us nor by themselves: a server would run out of descriptors some day."""
+    captured = await bench.captured_guest()
+    before: Counter[str] | None = None
+    for name in ("first", "killed", "died"):
+        fork = bench.fork_of(captured, name)
+        async with bench.running(await bench.spec(), fork) as machine:
+            await machine.resume()
+            async with bench.agent(machine):
+                pass
+            if name == "died":
+                os.kill(machine.process.pid, signal.SIGKILL)
+                await machine.wait_exit()
+                await machine.close()
+        before = before or descriptors()  # the first one may make what stays for others
+    assert descriptors() == before
 
 
 async def test_kill_leaves_nothing(bench: Bench) -> None:

@@ -266,7 +266,8 @@ def test_tokens_and_the_doctor(server: Server, cli: Cli, fails: Cli) -> None:
     findings = {f["what"]: f["level"] for f in json.loads(server.cli("doctor", "--json").stdout)}
     assert findings["server"] == "ok"
     assert set(findings.values()) <= {"ok", "warn", "fail"}
-    assert findings.keys() >= {"firecracker", "cloud-hypervisor"}  # their programs
+    # Their programs, and what their networks take.
+    assert findings.keys() >= {"firecracker", "cloud-hypervisor", "slirp4netns"}
     assert findings.keys() >= {f"hypervisor {name.value}" for name in CONTRACT_HYPERVISORS}
 
 
@@ -282,6 +283,7 @@ def test_the_doctor_finds_what_setup_installed_and_tells_how_when_no_server_runs
         "STILLFRAME_LISTEN": "127.0.0.1:1",
         "STILLFRAME_FIRECRACKER_BINARY": "firecracker-of-ours",
         "STILLFRAME_CLOUD_HYPERVISOR_BINARY": "cloud-hypervisor-of-ours",
+        "PATH": str(tmp_path),
     }  # fmt: skip
     command = [sys.executable, "-m", "stillframe.cli.main", "doctor", "--json"]
     answer = subprocess.run(command, check=False, env=environment, capture_output=True, timeout=60)
@@ -290,4 +292,10 @@ def test_the_doctor_finds_what_setup_installed_and_tells_how_when_no_server_runs
     assert findings["firecracker"]["found"] == str(programs / "firecracker-of-ours")
     assert findings["cloud-hypervisor"]["level"] == "warn"
     assert findings["cloud-hypervisor"]["fix"] == "stillframe setup cloud-hypervisor"
+    assert findings["slirp4netns"]["level"] == "warn"
+    assert findings["slirp4netns"]["fix"] == "apt-get install slirp4netns"
     assert findings["server"]["level"] == "warn"
+    assert findings.keys() >= {f"hypervisor {name.value}" for name in CONTRACT_HYPERVISORS}
+    # Its program is there, and is none that runs a VM.
+    assert findings["hypervisor firecracker"]["level"] == "warn"
+    assert "snapshots" in findings["hypervisor qemu"]["found"]

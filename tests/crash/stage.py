@@ -11,7 +11,7 @@ from crash.world import Violation, World
 Answer = tuple[int, Any]
 LIVE, DISK = "base-live", "base-disk"
 ZSTD = {"enabled": True, "algorithm": "zstd", "level": 1}
-DEADLINE = 60.0  # seconds until what goes on by itself must have settled
+DEADLINE = 120.0  # seconds until what goes on by itself must have settled
 
 
 @dataclass(slots=True)

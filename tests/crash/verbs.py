@@ -65,10 +65,6 @@ def _stopped_subject(stage: Stage) -> None:
     stage.subject = made["id"]
 
 
-def _boot_subject(stage: Stage) -> None:
-    stage.subject = stage.world.boot(stage.name, "of-subject")
-
-
 def _stopped(stage: Stage) -> bool:
     state = state_of(stage, stage.subject)
     if state == "Running":

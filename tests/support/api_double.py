@@ -282,6 +282,10 @@ class DoubleEngine(KeepingDouble):
         self._note("pull_image", name, **options)
         return image(name)
 
+    def tag_image(self, reference: str, target: str) -> Image:
+        self._note("tag_image", reference, target)
+        return replace(self.find_image(reference), name=target)
+
     async def import_image(
         self, name: str, source: Path, *, tags: Mapping[str, str] | None = None
     ) -> Image:

@@ -12,8 +12,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
+
+from stillframe.vmm.unix_http import Call, UnixHttp
 
 DIRECTORY = Path(__file__).resolve().parent / "conversations"
 Exchange = dict[str, dict[str, Any]]
@@ -27,28 +28,22 @@ def recorded(vmm: str, name: str) -> list[Exchange]:
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Exchange]]:
-    """A list into which go all requests made meanwhile by httpx2, with their answers."""
+    """A list into which go all requests that drivers make meanwhile, with their answers."""
     heard: list[Exchange] = []
     patch = pytest.MonkeyPatch()
-    plain = httpx2.AsyncClient.request
+    plain = UnixHttp._exchange
 
-    async def request(
-        client: httpx2.AsyncClient, method: str, url: str, **more: Any
-    ) -> httpx2.Response:
-        answer = await plain(client, method, url, **more)
-        body = json.loads(more["content"]) if more.get("content") else None
+    async def exchange(http: UnixHttp, call: Call, what: str) -> tuple[int, bytes]:
+        status, answer = await plain(http, call, what)
         heard.append(
             {
-                "request": {"method": method, "path": url, "body": body},
-                "answer": {
-                    "status": answer.status_code,
-                    "body": json.loads(answer.content) if answer.content else None,
-                },
+                "request": {"method": call.method, "path": call.path, "body": call.body},
+                "answer": {"status": status, "body": json.loads(answer) if answer else None},
             }
         )
-        return answer
+        return status, answer
 
-    patch.setattr(httpx2.AsyncClient, "request", request)
+    patch.setattr(UnixHttp, "_exchange", exchange)
     try:
         yield heard
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -65,3 +66,11 @@ def traces(data_dir: Path) -> list[str]:
     found = [str(path.relative_to(data_dir)) for path in data_dir.glob("instances/*")]
     found += [str(path.relative_to(data_dir)) for path in data_dir.glob("snapshots/*")]
     return found + [f"pid {pid}" for pid in processes_naming(data_dir / "instances")]
+
+
+async def expect_going_on(engine: Engine, instance_id: str) -> None:
+    """Return when the guest has counted on; raises TimeoutError if it stands still."""
+    before = int(await ask(engine, instance_id, "counter"))
+    async with asyncio.timeout(30):
+        while int(await ask(engine, instance_id, "counter")) == before:
+            pass  # each question takes a moment

@@ -15,6 +15,7 @@ from stillframe.engine.keeping.interface import (
     DiskUse,
     HostResources,
     InstanceShare,
+    InstanceUse,
     RetentionLine,
     RetentionPlan,
     RunPreview,
@@ -173,6 +174,11 @@ class KeepingDouble:
         shares = [InstanceShare(i.id, i.name, 2, 2**30, 2**33) for i in self.instances]
         used = SnapshotUse(len(self.snapshots), 1024, 0, 0, 0)
         return HostResources(MANY, MANY, MANY, MANY, DiskUse(1, 2, 3), used, tuple(shares))
+
+    def instance_use(self, instance_id: str) -> InstanceUse:
+        self._note("instance_use", instance_id)
+        found = next(i for i in self.instances if i.id == instance_id)
+        return InstanceUse(found, 1.5, 2**20, 2**30, None)
 
     async def verify_snapshot(self, snapshot_id: str, depth: Depth) -> Verification:
         self._note("verify_snapshot", snapshot_id, depth)

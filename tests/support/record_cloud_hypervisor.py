@@ -20,11 +20,14 @@ from stillframe.model.errors import VmmFailure
 from stillframe.vmm.cloud_hypervisor import api
 from stillframe.vmm.cloud_hypervisor.driver import CloudHypervisorDriver
 from support.conversations import DIRECTORY, Exchange, recording
-from support.record_firecracker import SPEC, files
+from support.record_firecracker import NETWORKED, SPEC, files
 
 
 async def record(binary: str, home: Path) -> tuple[str, dict[str, list[Exchange]]]:
-    """Boot and capture; restore and capture; be refused. The version, and what was said."""
+    """Boot and capture; restore and capture; be refused; the same with a network.
+
+    The version, and what was said.
+    """
     driver = CloudHypervisorDriver(binary, accelerator="kvm")
     version = (await driver.probe()).version
     cold = files(home)
@@ -51,6 +54,15 @@ async def record(binary: str, home: Path) -> tuple[str, dict[str, list[Exchange]
         await machine.resume()
         await machine.pause()
         await machine.save_devices(home / "more")
+    await machine.kill()
+    with recording() as heard["boot with network"]:
+        machine = await driver.start(NETWORKED, cold)
+    await machine.pause()
+    await machine.save_devices(home / "networked")
+    await machine.kill()
+    warm = replace(warm, device_state=home / "networked")
+    with recording() as heard["restore with network"]:
+        machine = await driver.start(NETWORKED, warm)
     await machine.kill()
     return version, {
         name: [_short(exchange) for exchange in exchanges] for name, exchanges in heard.items()

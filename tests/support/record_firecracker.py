@@ -26,6 +26,7 @@ from support.conversations import DIRECTORY, Exchange, recording
 
 SOURCE = Path(__file__).resolve().parents[1] / "guest" / "tiny.S"
 SPEC = MachineSpec(memory_bytes=16 << 20, vcpus=1, accelerator="kvm", network=False)
+NETWORKED = replace(SPEC, network=True)
 
 
 def files(home: Path) -> MachineResources:
@@ -45,7 +46,7 @@ def files(home: Path) -> MachineResources:
 
 
 async def record(binary: str, home: Path) -> dict[str, list[Exchange]]:
-    """Boot and capture; load and capture; be refused."""
+    """Boot and capture; load and capture; be refused; the same with a network."""
     driver = FirecrackerDriver(binary, accelerator="kvm")
     cold = files(home)
     heard: dict[str, list[Exchange]] = {}
@@ -75,6 +76,15 @@ async def record(binary: str, home: Path) -> dict[str, list[Exchange]]:
     (home / "devices").write_bytes(b"\xa5" * 4096)
     with recording() as heard["load damaged"], contextlib.suppress(VmmFailure):
         await driver.start(SPEC, warm)
+    with recording() as heard["boot with network"]:
+        machine = await driver.start(NETWORKED, cold)
+    await machine.pause()
+    (home / "devices").unlink()
+    await machine.save_devices(home / "devices", home / "captured")
+    await machine.kill()
+    with recording() as heard["load with network"]:
+        machine = await driver.start(NETWORKED, warm)
+    await machine.kill()
     return heard
 
 

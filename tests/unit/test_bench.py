@@ -262,13 +262,21 @@ def test_plots_show_what_there_is(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_options_choose_rows_and_keep_full_results_from_partial_ones() -> None:
+def test_options_choose_rows_and_keep_full_results_from_partial_ones(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "changed_files", list)
     full, quick = run.parse([]), run.parse(["--quick"])
     assert (full.runs, quick.runs) == (20, 3)
     assert full.out != quick.out == run.parse(["--only", "cold-fork"]).out
     assert set(full.only) == set(run.KEYS)
     with pytest.raises(SystemExit):
         run.parse(["--only", "nonsense"])
+    monkeypatch.setattr(run, "changed_files", lambda: ["src/stillframe/x.py"])
+    with pytest.raises(SystemExit):
+        run.parse([])
+    assert "x.py changed since" in capsys.readouterr().err
+    assert run.parse(["--quick"]).out == quick.out  # to try out what is not committed yet
 
 
 def test_file_system_of_proc() -> None:

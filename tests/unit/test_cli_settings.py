@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 
+from stillframe.api.auth import SCOPES
 from stillframe.cli.settings import KEYS, Settings, load_settings
+from stillframe.engine.settings import EngineSettings
 from stillframe.model.errors import InvalidRequest
 from stillframe.model.units import GIB
 from stillframe.model.values import CompressionAlgorithm, CompressionConfig, Hypervisor
@@ -140,3 +143,20 @@ def test_the_contracts_defaults() -> None:
     assert settings.default_overlay_bytes == 10 * GIB
     assert (settings.default_vcpus, settings.max_vcpus) == (2, 16)
     assert settings.default_hypervisor is Hypervisor.QEMU
+
+
+def test_the_engine_alone_has_the_same_defaults() -> None:
+    ours, engines = (
+        {field.name: field.default for field in fields(kind) if field.default is not MISSING}
+        for kind in (Settings, EngineSettings)
+    )
+    both = ours.keys() & engines.keys()
+    assert {"max_memory_bytes", "min_free_bytes", "accelerator"} <= both
+    assert {name: ours[name] for name in both} == {name: engines[name] for name in both}
+
+
+def test_every_setting_and_kind_of_scope_is_documented() -> None:
+    operating = (Path(__file__).resolve().parents[2] / "docs/operating.md").read_text()
+    assert [key for key in KEYS if f"`{key}`" not in operating] == []
+    kinds = {scope.partition(":")[0] for scope in SCOPES}
+    assert [kind for kind in sorted(kinds) if f"`{kind}" not in operating] == []

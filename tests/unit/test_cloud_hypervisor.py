@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from stillframe.host.process import spawn
-from stillframe.model.errors import DamagedData, NotSupported, VmmFailure
+from stillframe.model.errors import DamagedData, MissingComponent, VmmFailure
 from stillframe.vmm.cloud_hypervisor import api, driver
 from stillframe.vmm.cloud_hypervisor.driver import CloudHypervisorDriver
 from stillframe.vmm.cloud_hypervisor.machine import CloudHypervisorMachine, end_of_guest
 from stillframe.vmm.cloud_hypervisor.state import SavedState, pack
 from stillframe.vmm.driver import MachineResources, MachineStatus
 from support.conversations import Exchange, Player, recorded
-from support.record_firecracker import SPEC, files
+from support.record_firecracker import NETWORKED, SPEC, files
 
 RECORDED = ["cloud-hypervisor-51.2.0", "cloud-hypervisor-53.0"]  # the oldest, and the pinned one
 RANGES = {"memory_ranges": {"data": [{"gpa": 0, "length": 4096}]}}
@@ -250,7 +250,7 @@ def test_a_guest_keeps_its_address_and_gets_its_host_device(tmp_path: Path) -> N
     state = SavedState(saved(tmp_path, other("net", [{"mac": mac, "tap": "tap-of-another"}])))
     ours = api.configuration(
         SPEC, arguments="", disks=[("disk0.link", True), ("disk1.link", False)], initrd=False,
-        tap="tap7", mac=state.mac,
+        tap="tap7", mac=str(state.mac),
     )  # fmt: skip
     state.unpack(tmp_path, ours)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -310,16 +310,48 @@ def test_it_is_told_why_a_guest_ended(
     assert end_of_guest(log, console, events) == reason
 
 
-async def test_a_network_without_a_host_device_is_refused(
+async def found(_: CloudHypervisorDriver) -> tuple[int, ...]:
+    return (53, 0)
+
+
+async def test_a_network_is_asked_for_as_cloud_hypervisor_was_asked(tmp_path: Path) -> None:
+    cold = files(tmp_path)
+    conversation = recorded(RECORDED[-1], "boot with network")
+    async with conversing(tmp_path, conversation, resources=cold) as (one, player):
+        await driver.configure(one, NETWORKED, cold, DISKS)
+    assert player.left == []
+
+
+async def test_a_network_that_this_host_cannot_give_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def found(_: CloudHypervisorDriver) -> tuple[int, ...]:
-        return (53, 0)
-
     monkeypatch.setattr(CloudHypervisorDriver, "_examine", found)
-    with pytest.raises(NotSupported, match="tap device"):
-        await CloudHypervisorDriver().start(replace(SPEC, network=True), files(tmp_path))
+    cold = files(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingComponent, match="cannot have a network") as refused:
+        await CloudHypervisorDriver().start(NETWORKED, cold)
+    assert "network off" in str(refused.value.hint)
     assert not (tmp_path / "api.sock").exists()
+
+
+async def test_a_network_that_cannot_be_made_is_told_by_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CloudHypervisorDriver, "_examine", found)
+    monkeypatch.setattr(driver, "find_uplink", lambda: str(tmp_path / "no-slirp4netns"))
+    with pytest.raises(MissingComponent, match="cannot have a network: ") as refused:
+        await CloudHypervisorDriver("true").start(NETWORKED, files(tmp_path))
+    assert "user namespaces" in str(refused.value.hint)
+    assert not (tmp_path / "api.sock").exists()
+
+
+def test_the_network_device_is_the_same_in_every_vm(tmp_path: Path) -> None:
+    cold = files(tmp_path)
+    assert "net" not in driver._configuration(SPEC, cold, DISKS)
+    config = driver._configuration(NETWORKED, cold, DISKS)
+    assert config["net"] == [{"id": "net", "tap": "stillframe0", "mac": "52:54:00:12:34:56"}]
+    # The device is not in the sysfs of the host, which a rule for it would have to name.
+    assert config["landlock_rules"] == [{"path": ".", "access": "rw"}]
 
 
 async def test_the_probe_tells_what_is_missing() -> None:

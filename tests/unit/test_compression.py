@@ -34,7 +34,6 @@ from stillframe.store.compression import (
     decode,
     effective,
     expand,
-    read_range,
 )
 from stillframe.store.digests import span_digests
 from stillframe.store.manifest import EXTENT
@@ -45,7 +44,6 @@ from stillframe.store.payloads import (
     open_content,
     settle,
     switch_to_compressed,
-    switch_to_raw,
 )
 from stillframe.store.verification import Depth, verify
 from support.payloads import (
@@ -121,14 +119,8 @@ def test_any_range_can_be_read(one: int, two: int, algorithm: CompressionAlgorit
     with tempfile.TemporaryDirectory() as directory:
         source, there = packed(Path(directory), algorithm)
         start, end = sorted((one, two))
-        assert read_range(there, start, end - start) == source.read_bytes()[start:end]
-
-
-def test_a_range_outside_the_image_is_a_mistake(tmp_path: Path) -> None:
-    _, there = packed(tmp_path)
-    for offset, length in ((-1, 1), (0, SIZE + 1), (SIZE, 1), (5, -1)):
-        with pytest.raises(ValueError, match="within the image"):
-            read_range(there, offset, length)
+        with CompressedReader(there) as reader:
+            assert reader.read(start, end - start) == source.read_bytes()[start:end]
 
 
 @BOTH
@@ -457,13 +449,6 @@ def test_a_compressed_payload_passes_check_and_verify(
     for depth in Depth:
         *_, last = verify(payload, depth)
         assert last.damage == ()
-    size = expand(
-        payload.compressed(algorithm), payload.being_built(payload.memory), size=len(image)
-    )
-    assert size == len(image)
-    switch_to_raw(payload)
-    assert memory_file(payload) == (payload.memory, None)
-    assert content(payload) == image
 
 
 @BOTH
@@ -538,29 +523,6 @@ def test_f13_f14_f15_a_crash_leaves_one_valid_representation(
     found = {payload.memory.name, *(p.name for p in payload.directory.glob("*memory.[zl]*"))}
     assert {name for name in listing(payload.directory) if name in found} == {valid.name}
     assert settle(payload) == []
-
-
-@pytest.mark.parametrize("call", range(4))
-def test_f13_f14_f15_a_crash_while_expanding_too(
-    payload: Payload, monkeypatch: pytest.MonkeyPatch, call: int
-) -> None:
-    image = payload.memory.read_bytes()
-    packed_beside(payload, ZSTD)
-    switch_to_compressed(payload, ZSTD)
-    expand(payload.compressed(ZSTD), payload.being_built(payload.memory), size=len(image))
-    with monkeypatch.context() as patch:
-        crash_at(patch, call)
-        try:
-            switch_to_raw(payload)
-        except Crash:
-            assert call < 2
-    valid = memory_file(payload)
-    assert valid is not None
-    assert valid[1] == (ZSTD if call == 0 else None)
-    settle(payload)
-    assert memory_file(payload) == valid
-    assert content(payload) == image
-    assert len([n for n in listing(payload.directory) if n in {"memory", "memory.zst"}]) == 1
 
 
 def test_f13_half_a_representation_is_never_taken(payload: Payload) -> None:

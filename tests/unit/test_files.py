@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from stillframe.host import files
 from stillframe.host.files import (
     CloneKind,
     allocated_bytes,
@@ -88,6 +89,24 @@ def test_a_punched_hole_reads_as_zeros_and_costs_nothing(tmp_path: Path) -> None
         punch_hole(file.fileno(), 0, MIB - 4096)
     assert path.read_bytes() == bytes(MIB - 4096) + b"x" * 4096
     assert allocated_bytes(path) < MIB // 2
+
+
+def test_where_there_are_no_holes_all_of_a_range_is_zeroed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    pwrite = os.pwrite
+    monkeypatch.setattr(files, "_fallocate", unsupported)
+    # A file system may take less than it is given.
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[: MIB // 3], at))
+    path = tmp_path / "a"
+    path.write_bytes(b"x" * 4 * MIB)
+    with path.open("r+b") as file:
+        punch_hole(file.fileno(), 4096, 3 * MIB)
+    left = 4 * MIB - 4096 - 3 * MIB
+    assert path.read_bytes() == b"x" * 4096 + bytes(3 * MIB) + b"x" * left
 
 
 def test_an_atomic_write_leaves_old_or_new_and_nothing_else(tmp_path: Path) -> None:

@@ -19,14 +19,14 @@ from stillframe.host.orphans import kill_orphans, processes_naming
 from stillframe.host.process import Process, spawn
 from stillframe.host.programs import find_program
 from stillframe.host.sockets import connect_socket
-from stillframe.model.errors import NotSupported, StorageFull, VmmFailure
+from stillframe.model.errors import MissingComponent, StorageFull, VmmFailure
 from stillframe.vmm.driver import DeviceLimits, MachineResources, MachineStatus
 from stillframe.vmm.firecracker import api, driver, machine
 from stillframe.vmm.firecracker.isolation import Seen, SharedDirectory, confined
 from stillframe.vmm.firecracker.machine import FirecrackerMachine, end_of_guest
 from stillframe.vmm.firecracker.probe import kvm_refusal
 from support.conversations import Exchange, Player, recorded
-from support.record_firecracker import SPEC, files
+from support.record_firecracker import NETWORKED, SPEC, files
 
 RECORDED = "firecracker-1.16.1"
 BUSYBOX = shutil.which("busybox")
@@ -251,21 +251,66 @@ async def test_the_agent_is_dialled_when_the_guest_says_that_it_listens(tmp_path
             writer.close()
 
 
-async def test_it_has_no_network_without_a_tap(tmp_path: Path) -> None:
+async def test_a_network_that_this_host_cannot_give_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = driver.FirecrackerDriver("true", accelerator="kvm")
     await made.probe()
     made._version = (1, 16, 1)
     cold = resources(tmp_path)
-    with pytest.raises(NotSupported, match="tap device"):
-        await made.start(replace(SPEC, network=True), cold)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingComponent, match="cannot have a network") as refused:
+        await made.start(NETWORKED, cold)
+    assert "network off" in str(refused.value.hint)
     assert not (tmp_path / "jail").exists()
-    with_tap = replace(cold, tap="tap7", limits=DeviceLimits(download=1000, upload=2000))
-    calls = {call.path: call.body for call in driver._boot_calls(SPEC, with_tap)}
-    assert calls["/network-interfaces/eth0"] == {
-        "iface_id": "eth0", "host_dev_name": "tap7",
+
+
+async def test_a_network_that_cannot_be_made_is_told_by_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = driver.FirecrackerDriver("true", accelerator="kvm")
+    await made.probe()
+    made._version = (1, 16, 1)
+    monkeypatch.setattr(driver, "find_uplink", lambda: str(tmp_path / "no-slirp4netns"))
+    with pytest.raises(MissingComponent, match="cannot have a network: ") as refused:
+        await made.start(NETWORKED, resources(tmp_path))
+    assert "user namespaces" in str(refused.value.hint)
+    assert kill_orphans(tmp_path, ()) == []
+    assert not (tmp_path / "jail").exists()
+
+
+def test_the_network_device_is_the_same_in_every_vm(tmp_path: Path) -> None:
+    cold = replace(resources(tmp_path), limits=DeviceLimits(download=1000, upload=2000))
+    calls = {call.path for call in driver._boot_calls(SPEC, cold)}
+    assert "/network-interfaces/eth0" not in calls
+    bodies = {call.path: call.body for call in driver._boot_calls(NETWORKED, cold)}
+    assert bodies["/network-interfaces/eth0"] == {
+        "iface_id": "eth0", "host_dev_name": "stillframe0", "guest_mac": "52:54:00:12:34:56",
         "rx_rate_limiter": {"bandwidth": {"size": 1000, "refill_time": 1000}},
         "tx_rate_limiter": {"bandwidth": {"size": 2000, "refill_time": 1000}},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+async def test_a_network_is_asked_for_as_firecracker_was_asked(
+    tmp_path: Path, loaded: bool
+) -> None:
+    conversation = recorded(RECORDED, "load with network" if loaded else "boot with network")
+    assert any("stillframe0" in str(exchange["request"]) for exchange in conversation)
+    async with conversing(tmp_path, conversation, loaded=loaded) as (one, player):
+        given = resources(tmp_path, loaded=loaded)
+        await driver._configure(one, (1, 16, 1), NETWORKED, given)
+    assert player.left == []
+
+
+def test_only_a_vm_with_a_network_sees_the_device_for_one(tmp_path: Path) -> None:
+    without = confined("true", [], tmp_path, [])
+    assert "/dev/net/tun" not in without
+    assert "network" not in without
+    with_one = confined("true", [], tmp_path, [], uplink="/usr/bin/slirp4netns")
+    place = with_one.index("network")
+    assert with_one[place : place + 3] == ["network", "/usr/bin/slirp4netns", "stillframe0"]
+    assert ("/dev/net/tun" in with_one) == Path("/dev/net/tun").exists()
 
 
 @pytest.mark.parametrize(
@@ -305,7 +350,7 @@ def confine(home: Path, script: str, seen: list[Seen]) -> list[str]:
     shared.make()
     command = confined(BUSYBOX, [], shared.path, seen, console=home / "console")
     # busybox tells by its name what it is to be.
-    return [*command[: command.index("--")], "--", f"{home}/sh", "-c", script]
+    return [*command[: command.index("--") + 2], f"{home}/sh", "-c", script]
 
 
 def confined_process(home: Path, script: str, seen: list[Seen]) -> Process:
@@ -396,7 +441,7 @@ def test_an_ordinary_user_gets_one_too(tmp_path: Path) -> None:
         command = confine(home, "echo $(id -u); read w < /memory; echo $w", [
             Seen("/memory", home / "image"), Seen("/bin/id", Path(str(BUSYBOX)))
         ])  # fmt: skip
-        launcher = home / "jail.py"
+        launcher = home / "launch.py"
         shutil.copy(command[3], launcher)
         for path in (home / "jail", home / "jail/log", launcher):
             os.chown(path, 65534, 65534)

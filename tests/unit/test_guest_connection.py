@@ -1,6 +1,7 @@
 """A session against a small agent of our own over a socket pair."""
 
 import asyncio
+import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -100,6 +101,7 @@ async def test_a_command_that_cannot_start_is_told_apart() -> None:
         with pytest.raises(GuestFailure) as caught:
             await (await start_exec(connection, ["nope"])).wait()
         assert (caught.value.code, caught.value.facts) == ("exec_failed", {"errno": "ENOENT"})
+        assert caught.value.message == "cannot run nope: no such file"
 
 
 async def test_stdin_waits_for_the_guests_credit() -> None:
@@ -153,3 +155,38 @@ async def test_a_path_that_leaves_the_tree_is_refused(path: str) -> None:
         with pytest.raises(GuestFailure, match="outside"):
             async for _ in files.read_path(connection, "/tree"):
                 pass
+
+
+async def test_a_session_with_bytes_that_nobody_takes_closes_at_once() -> None:
+    ours, theirs = socket.socketpair()
+    stream = await asyncio.open_connection(sock=ours)
+    agent = FakeAgent(await asyncio.open_connection(sock=theirs))
+    serving = asyncio.create_task(agent.serve(ignore))
+    lost = asyncio.Event()
+    connection = await AgentConnection.open(stream, deadline=10, on_loss=lost.set)
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
+    agent.reader._transport.pause_reading()  # type: ignore[attr-defined]
+    channel = connection.open_channel()
+    sending = asyncio.create_task(channel.send_data(FrameType.DATA, bytes(1 << 20)))
+    await asyncio.wait([sending], timeout=0.2)
+    async with asyncio.timeout(10):
+        await channel.close()
+        assert not lost.is_set()
+        await connection.close()
+        await asyncio.gather(sending, return_exceptions=True)
+    assert lost.is_set()
+    agent.writer.close()
+
+
+async def test_names_of_files_that_are_no_text_are_handed_back_as_they_are() -> None:
+    entry = b"path\0\xff\0type\0file\0mode\x00644\0size\x000\0mtime\x001\0uid\x000\0gid\x000\0"
+
+    async def answer(agent: FakeAgent, frame: Frame) -> None:
+        agent.send(FrameType.ENTRY, frame.channel, entry)
+        agent.send(FrameType.END, frame.channel)
+        agent.send(FrameType.END, frame.channel)
+
+    async with session(answer) as (connection, _):
+        (found,) = [entry.path async for entry in files.read_path(connection, "/tree")]
+    assert os.fsencode(found) == b"\xff"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "stillframe"
@@ -31,7 +34,11 @@ EXCEPTIONS = {
     # The command that is the server, not a client of it.
     "cli/commands/serve.py": {"stillframe.api.server", "stillframe.engine.settings"},
     # Looks at this machine itself, also when no server runs.
-    "cli/commands/host.py": {"stillframe.host.files", "stillframe.host.programs"},
+    "cli/commands/host.py": {
+        "stillframe.host.files",
+        "stillframe.host.programs",
+        "stillframe.vmm.drivers",
+    },
     "cli/commands/setup.py": {"stillframe.host.releases"},
     # Puts the server together: it alone chooses the drivers.
     "api/server.py": {"stillframe.vmm.drivers"},
@@ -148,18 +155,36 @@ def test_cancellation_is_never_swallowed(path: Path) -> None:
         assert not broad or raises, f"line {node.lineno} catches {caught} and does not raise it"
 
 
-def test_readme_names_only_commands_that_exist() -> None:
+def test_readme_names_only_targets_that_exist() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
-    for target in re.findall(r"^\$? ?make ([a-z]+)", readme, re.MULTILINE):
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    for target in re.findall(r"^\$? ?make ([a-z-]+)", readme, re.MULTILINE):
         assert target in targets, f"make {target}"
+
+
+_TOLD = [
+    pytest.param(shlex.split(line, comments=True)[1:], id=line.partition("#")[0].strip())
+    for document in ("README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+    for line in re.findall(
+        r"^\$? ?(stillframe .*)", (ROOT / document).read_text(encoding="utf-8"), re.MULTILINE
+    )
+]
+
+
+@pytest.mark.parametrize("words", _TOLD)
+def test_what_the_documents_type_is_understood(words: list[str]) -> None:
     from stillframe.cli.main import app
 
-    commands = {c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands}
-    commands |= {group.name or "" for group in app.registered_groups}
-    for command in re.findall(r"^\$? ?stillframe ([a-z]+)", readme, re.MULTILINE):
-        assert command in commands, f"stillframe {command}"
+    command: Any = typer.main.get_command(app)
+    context, name = None, "stillframe"
+    while True:  # each level takes what is its own and leaves the rest; nothing is run
+        context = command.make_context(name, words, parent=context)
+        if not hasattr(command, "resolve_command"):
+            break
+        name, command, words = command.resolve_command(
+            context, [*context._protected_args, *context.args]
+        )
 
 
 def test_ci_runs_what_people_run() -> None:

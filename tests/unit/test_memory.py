@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stillframe.host import memory
-from stillframe.host.capture import MemoryCapture
+from stillframe.host.capture import BufferBudget, MemoryCapture
 from stillframe.host.extents import exclusive_bytes
 from stillframe.host.files import clone, create_sparse, fsync_file
 from stillframe.host.image import WriteReport, open_private
@@ -104,13 +104,14 @@ def capture(
     destination: Path,
     *,
     below: Path | None = None,
-    limit: int = 64 * MIB,
+    budget: BufferBudget | None = None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> WriteReport:
     """A whole capture; ``meanwhile`` happens after what was copied ahead."""
     clone(below or writer.image, destination)
     with GuestMemory(writer.pid, writer.image) as seen, open_private(destination) as fd:
-        one = MemoryCapture(seen, fd, incremental=below is not None, buffer_limit=limit)
+        budget = budget or BufferBudget(64 * MIB)
+        one = MemoryCapture(seen, fd, incremental=below is not None, budget=budget)
         try:
             one.ahead()
             meanwhile()
@@ -264,7 +265,12 @@ def test_more_than_the_buffer_holds_is_captured_too(
     early = tuple((page * PAGE, 7) for page in range(1024))
     late = tuple((page * PAGE, 8) for page in range(512, 1536))
     writer.write(*early)
-    capture(writer, tmp_path / "captured", limit=MIB, meanwhile=lambda: writer.write(*late))
+    capture(
+        writer,
+        tmp_path / "captured",
+        budget=BufferBudget(MIB),
+        meanwhile=lambda: writer.write(*late),
+    )
     assert (tmp_path / "captured").read_bytes() == expected(image, *early, *late)
 
 
@@ -295,6 +301,31 @@ def test_thousands_of_scattered_pages_are_read_in_their_places(
     report = capture(writer, tmp_path / "captured")
     assert report.written == len(writes) * PAGE
     assert (tmp_path / "captured").read_bytes() == expected(image, *writes)
+
+
+def test_captures_share_their_buffers_and_none_waits_for_another(
+    writer: Writer, image: Path, tmp_path: Path
+) -> None:
+    """One that finds nothing left has a small buffer; the rest goes straight to its image."""
+    budget = BufferBudget(4 * MIB)
+    assert budget.take(32 * MIB) == 4 * MIB
+    late = tuple((page * PAGE, page % 250 + 1) for page in range(0, 4096, 2))  # 8 MiB
+    writer.write((0, 9))
+    capture(writer, tmp_path / "first", budget=budget, meanwhile=lambda: writer.write(*late))
+    assert (tmp_path / "first").read_bytes() == expected(image, *late)
+
+
+def test_what_captures_take_of_the_budget_they_give_back(writer: Writer, tmp_path: Path) -> None:
+    budget = BufferBudget(24 * MIB)
+    writer.write((0, 9))
+    capture(writer, tmp_path / "first", budget=budget)
+    with pytest.raises(HostFailure):
+        capture(writer, tmp_path / "second", budget=budget, meanwhile=writer.close)
+    assert budget.take(5) == 0  # whole pages only
+    assert budget.take(32 * MIB) == 24 * MIB
+    assert budget.take(32 * MIB) == 16 * MIB  # a few, whatever others use
+    budget.give_back(40 * MIB)
+    assert budget.take(32 * MIB) == 24 * MIB
 
 
 @pytest.mark.parametrize("tracked", [True, False])

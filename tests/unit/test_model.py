@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 
 import pytest
 from hypothesis import given
@@ -26,6 +26,7 @@ from stillframe.model.units import (
     new_id,
     parse_duration,
     parse_size,
+    to_utc,
 )
 
 
@@ -117,6 +118,38 @@ def test_every_verb_and_state_is_either_allowed_or_refused_with_a_reason() -> No
                 assert caught.value.hint
 
 
+def test_a_refusal_says_what_to_ask_for_first() -> None:
+    for verb, state, way in (
+        (Verb.START, InstanceState.STANDBY, "restore the instance: its memory is in standby"),
+        (Verb.STOP, InstanceState.STANDBY, "restore the instance first"),
+        (Verb.GUEST, InstanceState.STOPPED, "start the instance first"),
+        (Verb.RESTORE, InstanceState.STOPPED, "start the instance, then put it into standby"),
+        (Verb.RESTORE_SNAPSHOT, InstanceState.RUNNING, "put the instance into standby, or stop it"),
+        (Verb.STANDBY, InstanceState.CREATED, "wait until the instance has settled, or delete it"),
+    ):
+        with pytest.raises(InvalidState) as caught:
+            permission(verb, state)
+        assert caught.value.hint == way
+
+
 def test_no_verb_acts_on_an_unknown_instance() -> None:
     assert all(InstanceState.UNKNOWN not in allowed for allowed in ALLOWED.values())
     assert set(TRANSITIONS) == set(InstanceState)
+
+
+def test_a_duration_that_is_too_long_is_not_read_in_part() -> None:
+    assert parse_duration(" " + "0s" * 31 + "1s ") == timedelta(seconds=1)
+    with pytest.raises(InvalidRequest):
+        parse_duration("0s" * 31 + "1s" + "garbage")
+
+
+def test_times_are_kept_in_utc() -> None:
+    noon = datetime(2030, 1, 1, 12, tzinfo=timezone(timedelta(hours=2)))
+    assert to_utc(noon).isoformat() == "2030-01-01T10:00:00+00:00"
+    for odd in (
+        datetime(2030, 1, 1),
+        datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=1))),
+        datetime(9999, 12, 31, 23, 59, tzinfo=timezone(timedelta(hours=-1))),
+    ):
+        with pytest.raises(InvalidRequest):
+            to_utc(odd)

@@ -363,6 +363,7 @@ def _snapshot(**changes: Any) -> Change:
         _snapshot(description="\ud800"),
         _snapshot(tags={"a\n": "b"}),
         _snapshot(created_at="2026-01-01T00:00:00"),
+        _snapshot(created_at="0001-01-01T00:00:00+01:00"),
         _snapshot(pause_ms=-1),
         _snapshot(pause_ms=float("inf")),
         _snapshot(source_hypervisor="qemu"),
@@ -380,6 +381,7 @@ def _snapshot(**changes: Any) -> Change:
         _template(hypervisor_version="9"),
         _template(id="../x"),
         _template(created_at="2026-01-01T00:00:00"),
+        _template(created_at="9999-12-31T23:59:59-01:00"),
     ],
 )
 async def test_what_an_archive_tells_is_not_believed(there: Engine, change: Change) -> None:

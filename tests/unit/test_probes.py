@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
 from stillframe.host import probes
 from stillframe.host.capacity import processor
+from stillframe.vmm.driver import DriverProbe
+from stillframe.vmm.qemu import driver as qemu
 
 QEMU = shutil.which("qemu-system-x86_64")
 needs_qemu = pytest.mark.skipif(QEMU is None, reason="needs qemu-system-x86_64")
@@ -83,3 +87,36 @@ def test_a_processor_is_told_by_what_a_guest_can_notice(tmp_path: Path) -> None:
     assert told("3100.7", "avx fpu sse2") == first
     assert told("2000.1", "fpu sse2") != first
     assert processor(tmp_path / "nowhere") == ""
+
+
+async def test_kvm_that_begins_to_work_is_used_by_a_later_server(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """F37: refused, then failing, then working; what failed is tried again after a while."""
+    tried: list[str] = []
+
+    def kvm(hindrance: str | None, refusal: str | None) -> None:
+        def works(binary: str) -> tuple[bool, str]:
+            tried.append(binary)
+            return refusal is None, refusal or "kvm ran a guest"
+
+        monkeypatch.setattr(qemu, "kvm_hindrance", lambda: hindrance)
+        monkeypatch.setattr(qemu, "kvm_works", works)
+
+    async def server() -> DriverProbe:
+        return await qemu.QemuDriver(cache_dir=tmp_path / "cache").probe()
+
+    kvm("no permission for /dev/kvm", None)
+    found = await server()
+    assert (found.available, found.accelerator) == (True, "tcg")
+    assert found.reason == "no permission for /dev/kvm"
+    kvm(None, "the guest hung")
+    assert [(await server()).reason for _ in range(2)] == ["the guest hung"] * 2
+    assert len(tried) == 1
+    kvm(None, None)
+    assert (await server()).accelerator == "tcg"
+    (kept,) = (tmp_path / "cache").iterdir()
+    os.utime(kept, (time.time() - 7200,) * 2)
+    assert [(await server()).accelerator for _ in range(2)] == ["kvm"] * 2
+    assert len(tried) == 2
+    assert (await server()).reason is None

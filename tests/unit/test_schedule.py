@@ -359,7 +359,7 @@ async def test_a_record_that_cannot_be_written_is_tried_again_later_not_at_once(
         ScheduleRequest(Retention(max_count=1), interval=HOUR, name_prefix="x" * 48),
         ScheduleRequest(Retention(max_count=1), interval=HOUR, name_prefix="Not Good"),
         ScheduleRequest(
-            Retention(max_count=1), interval=HOUR, metadata={f"k{n}": "" for n in range(49)}
+            Retention(max_count=1), interval=HOUR, metadata={f"k{n}": "" for n in range(51)}
         ),
     ],
 )

@@ -6,6 +6,7 @@ import ast
 import asyncio
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,7 +143,7 @@ class Verbs:
     """An engine in small: each verb raises or answers what it is given."""
 
     def __init__(self) -> None:
-        self.context = SimpleNamespace(telemetry=telemetry())
+        self.context = SimpleNamespace(telemetry=telemetry(), under_way=nullcontext)
 
     async def snapshot(self, given: BaseException | str) -> str:
         """Raise or answer."""

@@ -128,7 +128,10 @@ async def copying(connection: AgentConnection) -> None:
         for _ in range(10):
             yield b"y" * 50_000
 
-    assert await files.write_path(connection, "/t/a/f", content(), mode=0o640, uid=7) == 500_000
+    assert (
+        await files.write_path(connection, "/t/a/f", content(), mode=0o640, uid=7, patience=60)
+        == 500_000
+    )
     info = await files.stat(connection, "/t/a/f")
     assert (info.is_file, info.mode, info.size) == (True, 0o640, 500_000)
     assert not (await files.stat(connection, "/absent")).exists

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from stillframe.host.capture import MemoryCapture
+from stillframe.host.capture import BufferBudget, MemoryCapture
 from stillframe.host.files import clone, create_sparse
 from stillframe.host.image import open_private
 from stillframe.host.memory import GuestMemory
@@ -40,6 +40,7 @@ from stillframe.vmm.driver import (
 )
 from stillframe.vmm.firecracker.driver import FirecrackerDriver
 from stillframe.vmm.unix_http import Call
+from support.uplinks import Watch, children, hindrance
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
 SOURCE = Path(__file__).resolve().parents[1] / "guest" / "tiny.S"
@@ -127,7 +128,7 @@ async def capture(machine: Machine, resources: MachineResources, home: Path) -> 
             GuestMemory(machine.process.pid, resources.memory_image) as memory,
             open_private(home / "image") as fd,
         ):
-            taken = MemoryCapture(memory, fd, incremental=False, buffer_limit=1 << 28)
+            taken = MemoryCapture(memory, fd, incremental=False, budget=BufferBudget(1 << 28))
             taken.ahead()
             taken.still()
             taken.after()
@@ -308,47 +309,49 @@ def written_by(machine: Machine) -> int:
     return int(text.split("wchar: ")[1].split()[0])
 
 
-@pytest.fixture
-def taps(tmp_path: Path) -> Iterator[list[str]]:
-    """Two tap devices of this host."""
-    names = [f"sf{uuid.uuid4().hex[:8]}" for _ in range(2)]
-    try:
-        for name in names:
-            made = subprocess.run(
-                ["ip", "tuntap", "add", "mode", "tap", "name", name],
-                capture_output=True, timeout=60, check=False,
-            )  # fmt: skip
-            if made.returncode != 0:
-                pytest.skip(f"no tap device can be made: {made.stderr.decode().strip()}")
-        yield names
-    finally:
-        kill_orphans(tmp_path, ())
-        for name in names:
-            subprocess.run(
-                ["ip", "link", "del", name], capture_output=True, timeout=60, check=False
-            )
-
-
-async def test_cloud_hypervisor_gives_a_fork_a_network_device_of_its_own(
-    driver: Driver, tiny: Path, tmp_path: Path, taps: list[str]
+async def test_forks_have_a_network_of_their_own_that_goes_with_them(
+    driver: Driver, tiny: Path, tmp_path: Path
 ) -> None:
-    if driver.hypervisor is not Hypervisor.CLOUD_HYPERVISOR:
-        pytest.skip("another VMM")
+    if hindrance() is not None:
+        pytest.skip(str(hindrance()))
     spec = replace(SPEC, network=True)
-    source = replace(resources_of(tmp_path / "source", tiny), tap=taps[0])
+    source = resources_of(tmp_path / "source", tiny)
     async with running(driver, source, spec) as machine:
         nonce, _ = await counted(source)
+        assert processes_naming(source.directory) == [machine.process.pid]
         await machine.pause()
         captured = await capture(machine, source, tmp_path / "captured")
-        fork = replace(fork_of(captured, tmp_path / "fork"), tap=taps[1])
-        # While the first still holds its own: a device can be opened only once.
+        _, at_capture = await counted(source)
+        fork = fork_of(captured, tmp_path / "fork")
+        # While the first still holds its own, which has the same name.
         async with running(driver, fork, spec) as other:
             await other.resume()
-            assert (await counted(fork, more_than=3))[0] == nonce
-            with pytest.raises(VmmFailure, match="busy"):
-                await driver.start(
-                    spec, replace(fork_of(captured, tmp_path / "third"), tap=taps[0])
-                )
+            assert (await counted(fork, more_than=at_capture))[0] == nonce
+            pids = [os.getpid(), machine.process.pid, other.process.pid]
+            assert len({Path(f"/proc/{pid}/ns/net").readlink() for pid in pids}) == 3
+            for pid in pids[1:]:
+                assert "CapEff:\t0000000000000000\n" in Path(f"/proc/{pid}/status").read_text()
+            [uplink] = children(other.process.pid)
+            watch = Watch([uplink])
+            os.kill(other.process.pid, 9)
+            await asyncio.wait_for(other.wait_exit(), DEADLINE)
+            watch.wait_all()
+            await other.kill()
+            again = fork_of(captured, tmp_path / "again")
+            async with running(driver, again, spec) as third:
+                await third.resume()
+                assert (await counted(again, more_than=at_capture))[0] == nonce
+                await third.pause()
+                twice = await capture(third, again, tmp_path / "twice")
+                _, at_capture = await counted(again)
+        [uplink] = children(machine.process.pid)
+        watch = Watch([uplink])
+    watch.wait_all()
+    last = fork_of(twice, tmp_path / "last")
+    async with running(driver, last, spec) as machine:
+        await machine.resume()
+        assert (await counted(last, more_than=at_capture))[0] == nonce
+    assert kill_orphans(tmp_path, ()) == []
 
 
 async def test_firecracker_lives_in_a_tree_of_its_own(

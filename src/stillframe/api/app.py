@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
+from fastapi.responses import RedirectResponse
 
 from stillframe.api import errors
 from stillframe.api.auth import Authenticator
 from stillframe.api.border import Border
+from stillframe.api.repeats import Repeats
 from stillframe.api.routes import (
+    absent,
     copy,
     exec,
     forks,
@@ -37,6 +41,7 @@ ROUTERS = (
     forks.router,
     schedules.router,
     images.router,
+    absent.router,
 )
 
 
@@ -93,6 +98,7 @@ def create_app(
     app = bare_app(version)
     app.state.engine = engine
     app.state.authenticator = Authenticator(jwt_secret)
+    app.state.repeats = Repeats()
     app.state.options = ApiOptions(
         version=version,
         default_hypervisor=default_hypervisor,
@@ -118,4 +124,17 @@ def bare_app(version: str) -> FastAPI:
     app.add_middleware(errors.Boundary)
     for router in ROUTERS:
         app.include_router(router)
+    for path, answer in (("/spec.json", _document), ("/spec.yaml", _document), ("/swagger", _page)):
+        app.add_route(path, answer)
     return app
+
+
+async def _document(request: Request) -> Response:
+    """The OpenAPI document by the contract's names. Any JSON is YAML too (YAML 1.2)."""
+    kind = "application/yaml" if request.url.path.endswith(".yaml") else "application/json"
+    return Response(json.dumps(request.app.openapi()), media_type=kind)
+
+
+async def _page(request: Request) -> Response:
+    """The page that shows the document, by the contract's name."""
+    return RedirectResponse(f"{request.scope.get('root_path', '').rstrip('/')}/docs")

@@ -15,6 +15,8 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.requests import HTTPConnection
 
+from stillframe.api.border import UPLOAD_PATHS
+from stillframe.api.repeats import Repeats
 from stillframe.model.errors import Forbidden, InvalidRequest, Unauthorized
 
 SCOPES = frozenset(
@@ -98,7 +100,10 @@ def required_scope(route: APIRoute) -> str | None:
 
 
 class ScopedRoute(APIRoute):
-    """A route that checks its scope before anything else, the body included."""
+    """A route that checks its scope before anything else, the body included.
+
+    Behind the check, a request that a client repeats is carried out once (``repeats.py``).
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler behind the check."""
@@ -107,12 +112,16 @@ class ScopedRoute(APIRoute):
         previews = any(field.alias == _DRY_RUN for field in self.dependant.query_params)
         if scope is None:
             return handler
+        reads_by_itself = self.path in UPLOAD_PATHS  # more than may be held in memory
 
         async def guarded(request: Request) -> Response:
             authorise(request, scope)
             if not previews:
                 refuse_dry_run(request)
-            return await handler(request)
+            if reads_by_itself or request.method in ("GET", "HEAD"):
+                return await handler(request)
+            repeats: Repeats = request.app.state.repeats
+            return await repeats.answer(request, handler)
 
         return guarded
 

@@ -25,7 +25,10 @@ from stillframe.model.errors import InvalidRequest
 MAX_BODY_BYTES = 8 * 1024 * 1024
 # The version of the format is part of its name (Prometheus' exposition formats).
 METRICS_TYPE = "text/plain; version=0.0.4"
-UPLOAD_PATHS = frozenset({"/images/import", "/snapshots/import"})
+# Bodies that are not held in memory: two are written down as they come, two are refused unread.
+UPLOAD_PATHS = frozenset(
+    {"/images/import", "/snapshots/import", "/volumes/from-archive", "/builds"}
+)
 _TAG_KEY = re.compile(r"tags\[(.*)\]", re.DOTALL)
 _TOO_LARGE = f"the body exceeds {MAX_BODY_BYTES} bytes"
 

@@ -79,10 +79,15 @@ def describe(error: StillframeError, private: Iterable[str] = ()) -> Error:
 
 
 def blot(text: str, private: Iterable[str]) -> str:
-    """The text without private paths."""
+    """The text without private paths, and without halves of surrogate pairs."""
     for secret in private:
         text = text.replace(secret, "<data>")
-    return text
+    return _sendable(text)
+
+
+def _sendable(text: str) -> str:
+    # What is refused for such a half is often quoted in the refusal.
+    return text.encode("utf-8", "replace").decode()
 
 
 def report(connection: HTTPConnection, error: StillframeError) -> Error:
@@ -90,7 +95,10 @@ def report(connection: HTTPConnection, error: StillframeError) -> Error:
     body = describe(error, private_texts(connection))
     if isinstance(error, HostFailure):
         reference = secrets.token_hex(6)
-        _LOG.error("%s %s", reference, connection.url.path, exc_info=error)
+        if error.hint is None:  # else it is known, and what to do: no traceback tells more
+            _LOG.error("%s %s", reference, connection.url.path, exc_info=error)
+        else:
+            _LOG.warning("%s %s: %s", reference, connection.url.path, error)
         body.details = [
             *(body.details or []),
             ErrorDetail(code="reference", message=reference),
@@ -147,7 +155,7 @@ async def _on_error(connection: HTTPConnection, error: Exception) -> Response | 
 async def _on_invalid(connection: HTTPConnection, error: Exception) -> Response | None:
     assert isinstance(error, RequestValidationError)  # noqa: S101
     details = [
-        ErrorDetail(code=_place(problem), message=str(problem.get("msg", "invalid")))
+        ErrorDetail(code=_place(problem), message=_sendable(str(problem.get("msg", "invalid"))))
         for problem in error.errors()[:_MAX_PROBLEMS]
     ]
     first = details[0] if details else ErrorDetail(code="body", message="invalid")
@@ -156,7 +164,7 @@ async def _on_invalid(connection: HTTPConnection, error: Exception) -> Response 
 
 
 def _place(problem: Mapping[str, Any]) -> str:
-    return ".".join(str(part)[:64] for part in problem.get("loc", ()))
+    return _sendable(".".join(str(part)[:64] for part in problem.get("loc", ())))
 
 
 async def _on_http(connection: HTTPConnection, error: Exception) -> Response | None:
@@ -230,7 +238,9 @@ class Boundary:
 
 async def deny(body: Error, status: int, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a request or refuse a WebSocket upgrade from within a middleware."""
-    response = JSONResponse(body.plain(), status)
+    # What failed unforeseen may have done something: only reading is repeated by itself.
+    repeatable = status < 500 or scope.get("method") == "GET"
+    response = JSONResponse(body.plain(), status, {} if repeatable else _NO_RETRY)
     if scope["type"] == "websocket":
         await WebSocket(scope, receive, send).send_denial_response(response)
     else:

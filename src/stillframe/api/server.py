@@ -186,6 +186,8 @@ def configure_logging(log_format: str, level: str, stream: IO[str] | None = None
     root.setLevel(level.upper())
     # It calls every WebSocket an event worth telling.
     logging.getLogger("uvicorn.error").setLevel(max(root.level, logging.WARNING))
+    # Each end of a conversation with a QEMU is one too, also one that was meant.
+    logging.getLogger("stillframe.qmp").setLevel(max(root.level, logging.WARNING))
 
 
 class JsonFormatter(logging.Formatter):
@@ -270,6 +272,8 @@ async def _main(
         stack.callback((settings.data_dir / "server.json").unlink, missing_ok=True)
         server = _Server(config, lambda: _announce(settings, engine, urls, started))
         await server.serve(sockets=listeners)
+        for request in server.server_state.tasks:  # a second signal has left them at work
+            request.cancel()
         _LOG.info("stopping; instances run on")
 
 
@@ -307,12 +311,12 @@ def _announce(
     for metrics_url in for_metrics:
         record["metrics_url"] = f"{metrics_url}/metrics"
         _LOG.info("metrics on %s/metrics", metrics_url)
-    found_by = settings.data_dir / "server.json"
+    path = settings.data_dir / "server.json"
     try:
-        _write_private(found_by, json.dumps(record) + "\n")
-    except OSError as error:  # a full disk: it serves, but must be told where
-        _LOG.warning("%s cannot be written, so clients need --url %s: %s", found_by, url, error)
-        found_by.unlink(missing_ok=True)  # an earlier server's would lead astray
+        _write_private(path, json.dumps(record) + "\n")
+    except OSError as error:  # on a full disk somebody must be able to delete what fills it
+        path.unlink(missing_ok=True)  # it tells of an earlier server
+        _LOG.warning("clients must be told the URL, %s: %s", path, error.strerror)
     instances = len(engine.list_instances())
     took = (time.monotonic() - started) * 1000
     print(

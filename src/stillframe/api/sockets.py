@@ -16,6 +16,7 @@ from stillframe.model.errors import InvalidRequest
 # The SDK refuses messages over 1 MiB; the contract's server sends 32 KiB at a time (section 4).
 CHUNK_BYTES = 32 * 1024
 _FIRST_FRAME_SECONDS = 30.0
+_REASON_BYTES = 123
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 ResultT = TypeVar("ResultT")
@@ -113,11 +114,13 @@ async def send_data(websocket: WebSocket, data: bytes) -> None:
         raise ClientGone("the client went") from error
 
 
-async def hang_up(websocket: WebSocket, code: int = 1000) -> None:
+async def hang_up(websocket: WebSocket, code: int = 1000, reason: str = "") -> None:
     """Close the connection unless it is closed already."""
+    # A close frame has room for 123 bytes of reason (RFC 6455, section 5.5).
+    reason = reason.encode()[:_REASON_BYTES].decode(errors="ignore")
     if websocket.application_state is WebSocketState.CONNECTED:
         with suppress(WebSocketDisconnect, RuntimeError):
-            await websocket.close(code)
+            await websocket.close(code, reason)
 
 
 async def _until_gone(websocket: WebSocket) -> None:

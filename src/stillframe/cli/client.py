@@ -15,7 +15,7 @@ from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 from stillframe.cli.commands.tokens import mint_token, read_secret
 from stillframe.cli.settings import DEFAULT_LISTEN, Settings, load_settings
@@ -79,7 +79,7 @@ class Client:
             self.url or os.environ.get("STILLFRAME_URL") or os.environ.get("HYPEMAN_BASE_URL")
         )
         if explicit:
-            return explicit.rstrip("/")
+            return _checked_url(explicit)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads((self.settings.data_dir / "server.json").read_bytes())
             return str(record["url"])
@@ -93,7 +93,7 @@ class Client:
             self.token or os.environ.get("STILLFRAME_TOKEN") or os.environ.get("HYPEMAN_API_KEY")
         )
         if given:
-            return given
+            return _checked_token(given)
         return mint_token(
             read_secret(self.settings.data_dir), subject="cli", lifetime=_LOCAL_TOKEN_LIFETIME
         )
@@ -252,6 +252,31 @@ def error_from_answer(status: int, content: bytes, path: str = "") -> Stillframe
     return kind(message, code=body.get("code"), hint=hint, details=details)
 
 
+def _checked_url(text: str) -> str:
+    """The address of a server. Raises InvalidRequest for what cannot be one."""
+    try:
+        parts = urlsplit(text)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise InvalidRequest(
+            f"{text[:200]!r} is not the address of a server",
+            hint="write for example http://127.0.0.1:4973",
+        )
+    return text.rstrip("/")
+
+
+def _checked_token(text: str) -> str:
+    """A token that can be sent. Raises InvalidRequest, without repeating it."""
+    text = text.strip()
+    if not text.isascii() or not text.isprintable() or " " in text:
+        raise InvalidRequest(
+            "the token has characters that no token has", hint="`stillframe token` prints one"
+        )
+    return text
+
+
 def instance_path(reference: str, *more: str) -> str:
     """The route of an instance (by id, name or prefix), every part percent-encoded."""
     if not reference:
@@ -273,6 +298,12 @@ def parse_pairs(pairs: Sequence[str] | None, what: str) -> dict[str, str]:
             raise InvalidRequest(f"{what} {pair!r} is not KEY=VALUE")
         result[key] = value
     return result
+
+
+def guest_command(words: Sequence[str] | None) -> list[str]:
+    """The words of a command for the guest, without the ``--`` that people put before it."""
+    words = list(words or ())
+    return words[1:] if words[:1] == ["--"] else words
 
 
 def broken_stream(reason: str) -> GuestFailure:

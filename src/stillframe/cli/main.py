@@ -37,6 +37,8 @@ _PASS_ON = {"allow_interspersed_args": False}
 app.command(context_settings=_PASS_ON)(instances.run)
 app.command()(instances.ps)
 app.command()(instances.inspect)
+app.command()(instances.stats)
+app.command()(instances.edit)
 app.command("exec", context_settings=_PASS_ON)(exec.exec_)
 app.command()(instances.logs)
 app.command()(instances.stop)

@@ -115,7 +115,7 @@ class _Capture:
         self._phases = phases
         self._stay_paused = stay_paused
         self._thread = thread
-        self._limit = context.settings.capture_buffer_bytes
+        self._budget = context.capture_budget
         self._held = ExitStack()
         self._memory: MemoryCapture | None = None
         self._copying = False
@@ -130,6 +130,7 @@ class _Capture:
         overlay, copy = self._paths.overlay, self._payload.overlay
         if not self._stay_paused and not self._context.shares_blocks:
             create_sparse(copy, overlay.stat().st_size)
+            self._copying = True  # half of it may be begun even if it fails
             self._copying = await self._machine.begin_disk_copy(OVERLAY, copy)
             if self._copying:
                 await self.in_thread(lambda: copy_into(overlay, copy))
@@ -149,7 +150,7 @@ class _Capture:
             GuestMemory(self._machine.process.pid, self._paths.memory)
         )
         fd = self._held.enter_context(open_private(self._payload.memory))
-        self._memory = MemoryCapture(memory, fd, incremental=incremental, buffer_limit=self._limit)
+        self._memory = MemoryCapture(memory, fd, incremental=incremental, budget=self._budget)
         self._held.callback(self._memory.close)
         self._memory.ahead()
         # Stopping a guest flushes its disks: what is flushed now need not be flushed then.

@@ -16,13 +16,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from stillframe.engine.settings import EngineSettings
 from stillframe.engine.telemetry import Telemetry
 from stillframe.guest.connection import AgentConnection
+from stillframe.host.capture import BufferBudget
 from stillframe.host.files import supports_reflink
 from stillframe.images.boot import BootPair, build_boot_pair, load_boot_pair
 from stillframe.images.library import ImageLibrary
-from stillframe.model.errors import InvalidState, NotFound, NotSupported, StillframeError
+from stillframe.model.errors import (
+    InvalidRequest,
+    InvalidState,
+    NotFound,
+    NotSupported,
+    StillframeError,
+)
 from stillframe.model.states import InstanceState
 from stillframe.model.units import new_id
-from stillframe.model.values import Hypervisor, Instance, Snapshot
+from stillframe.model.values import CONTRACT_HYPERVISORS, Hypervisor, Instance, Snapshot
 from stillframe.store.paths import DataDirectory, Payload
 from stillframe.store.records import Records
 from stillframe.vmm.driver import Driver, DriverProbe, Machine, without_driver
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("stillframe.engine")
 T = TypeVar("T")
 _PATIENCE = 1.0  # seconds that a loaded guest waits for others to be loaded
+_VERBS_END = 60.0  # seconds that a server that ends waits for verbs, once its requests are over
 
 
 class Phases:
@@ -106,6 +114,7 @@ class Context:
         self.telemetry = Telemetry(records.instances.values, records.snapshots.values)
         self.live: dict[str, LiveInstance] = {}
         self.starts = asyncio.Semaphore(settings.max_concurrent_starts)
+        self.capture_budget = BufferBudget(settings.capture_buffer_bytes)
         self.snapshot_users: Counter[str] = Counter()
         self._snapshot_idle = asyncio.Condition()
         self._locks: dict[str, asyncio.Lock] = {}
@@ -121,6 +130,10 @@ class Context:
         self._requests = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
+        self._freed = asyncio.Event()
+        self._verbs = 0
+        self._verbs_ended = asyncio.Event()
+        self._verbs_ended.set()
 
     @property
     def shares_blocks(self) -> bool:
@@ -159,6 +172,19 @@ class Context:
                 state=instance.state.value,
             )
         return live
+
+    def offered(self, hypervisor: Hypervisor) -> Hypervisor:
+        """The hypervisor somebody asks for. Raises InvalidRequest for the fake one, if not here.
+
+        It is none of the contract's: only a server that was started with it knows it.
+        """
+        if hypervisor is Hypervisor.FAKE and hypervisor not in self.drivers:
+            raise InvalidRequest(
+                "unknown hypervisor 'fake'",
+                hint="use one of " + ", ".join(CONTRACT_HYPERVISORS),
+                field="hypervisor",
+            )
+        return hypervisor
 
     async def available_driver(self, hypervisor: Hypervisor) -> tuple[Driver, DriverProbe]:
         """The driver and what it found here. Raises NotSupported with the reason if it cannot."""
@@ -202,6 +228,17 @@ class Context:
                 self._holders.pop(instance_id, None)
                 if instance_id not in self.records.instances:
                     self._locks.pop(instance_id, None)
+
+    async def at_rest(self, instance_id: str) -> None:
+        """Return when no verb holds the instance."""
+        while self.held(instance_id):
+            async with self._locks[instance_id]:
+                pass
+
+    def held(self, instance_id: str) -> bool:
+        """Whether a verb holds the instance."""
+        lock = self._locks.get(instance_id)
+        return lock is not None and lock.locked()
 
     @contextlib.asynccontextmanager
     async def using(self, snapshot_id: str) -> AsyncIterator[Snapshot]:
@@ -247,6 +284,19 @@ class Context:
             async with asyncio.timeout(_PATIENCE):
                 await self._few_loading.wait()
 
+    # -- space --------------------------------------------------------------------------------
+    def space_freed(self) -> None:
+        """Something was deleted: what found no space is tried again."""
+        self.compressor.space_freed()
+        freed, self._freed = self._freed, asyncio.Event()
+        freed.set()
+
+    async def space_freed_within(self, seconds: float) -> None:
+        """Return when something is deleted, or after that time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._freed.wait()
+
     # -- requests -----------------------------------------------------------------------------
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
@@ -263,6 +313,29 @@ class Context:
     async def quiet(self) -> None:
         """Return when no request is at work."""
         await self._quiet.wait()
+
+    @contextlib.contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Say that a verb is under way: the engine does not close under it."""
+        self._verbs += 1
+        self._verbs_ended.clear()
+        try:
+            yield
+        finally:
+            self._verbs -= 1
+            if not self._verbs:
+                self._verbs_ended.set()
+
+    async def verbs_ended(self) -> None:
+        """Return when no verb is under way: one that was broken off undoes what it did first.
+
+        It may have a guest stand still, which nobody could help when our connections are gone.
+        """
+        try:
+            async with asyncio.timeout(_VERBS_END):
+                await self._verbs_ended.wait()
+        except TimeoutError:
+            log.error("%d verbs do not end; the server ends without them", self._verbs)
 
     # -- state --------------------------------------------------------------------------------
     def moved(self, instance: Instance, state: InstanceState, **changes: Any) -> Instance:
@@ -359,6 +432,7 @@ async def finish(work: Awaitable[T]) -> T:
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        if not task.done():
-            await asyncio.wait([task])
+        while not task.done():  # whoever is impatient may cancel more than once
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
         raise

@@ -89,6 +89,7 @@ class Engine(KeepingVerbs):
     async def close(self) -> None:
         """Stop watching; VMs run on."""
         self.context.closing = True
+        await self.context.verbs_ended()
         await self.context.warm.close()
         await self.context.compressor.close()
         await self.context.expanded.close()
@@ -136,7 +137,10 @@ class Engine(KeepingVerbs):
     async def create(self, request: CreateRequest) -> Instance:
         """Boot a new instance; returns while it is still Initializing."""
         with self.context.busy():
-            return await create.create(self.context, request)
+            made = await create.create(self.context, request)
+        if made.expires_at is not None:
+            self.scheduler.wake()
+        return made
 
     async def start(
         self,
@@ -336,6 +340,10 @@ class Engine(KeepingVerbs):
     ) -> Image:
         """Make an image from a root file system tar, an OCI layout directory or its tar."""
         return await self.context.images.import_image(name, source, tags)
+
+    def tag_image(self, reference: str, target: str) -> Image:
+        """Give a ready image another name as well."""
+        return self.context.images.tag(reference, target)
 
     async def delete_image(self, reference: str) -> None:
         """Forget an image name; Conflict while an instance or snapshot needs it."""

@@ -57,9 +57,9 @@ async def execute(context: Context, instance_id: str, request: ExecRequest) -> E
 
 async def stat(context: Context, instance_id: str, path: str, *, follow: bool) -> PathInfo:
     """What is at ``path`` in the guest."""
-    return await guest_files.stat(
-        await connection_to(context, instance_id), check_path(path), follow=follow
-    )
+    connection = await connection_to(context, instance_id)
+    async with connection.answering(context.settings.agent_timeout):
+        return await guest_files.stat(connection, check_path(path), follow=follow)
 
 
 async def write_path(
@@ -75,7 +75,13 @@ async def write_path(
     """Write a file, or make a directory when ``data`` is None; bytes written."""
     connection = await connection_to(context, instance_id)
     return await guest_files.write_path(
-        connection, check_path(path), data, mode=mode, uid=uid, gid=gid
+        connection,
+        check_path(path),
+        data,
+        mode=mode,
+        uid=uid,
+        gid=gid,
+        patience=context.settings.agent_timeout,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
@@ -30,7 +30,10 @@ from stillframe.vmm.driver import DriverProbe
 
 @dataclass(frozen=True, slots=True)
 class CreateRequest:
-    """A wish for a new instance. None means the server's default; sizes are bytes."""
+    """A wish for a new instance. None means the server's default; sizes are bytes.
+
+    It is deleted by itself at ``expires_at``, or ``lifetime`` after it was made (zero: never).
+    """
 
     name: str
     image: str
@@ -45,6 +48,8 @@ class CreateRequest:
     cmd: Sequence[str] | None = None
     network_enabled: bool = True
     snapshot_policy: SnapshotPolicy | None = None
+    expires_at: datetime | None = None
+    lifetime: timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +320,12 @@ class EngineInterface(KeepingInterface, Protocol):
         self, name: str, source: Path, *, tags: Mapping[str, str] | None = None
     ) -> Image:
         """Make an image from a root file system tar, an OCI layout directory or its tar."""
+
+    def tag_image(self, reference: str, target: str) -> Image:
+        """Give a ready image another name as well; it moves over if another image has it.
+
+        Raises InvalidRequest (``invalid_name``), NotFound, Conflict (not ready).
+        """
 
     async def delete_image(self, reference: str) -> None:
         """Forget an image name; Conflict while an instance or snapshot needs it."""

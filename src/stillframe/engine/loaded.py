@@ -43,6 +43,7 @@ async def load_paused(
     raw = source.memory.exists()
     measured = phases.measure("map_memory") if raw else phases.measure("expand")
     with measured, storage_errors("map the memory image"):
+        undo.callback(context.expanded.sweep)  # when the link is gone, maybe the last one
         undo.callback(paths.memory.unlink, missing_ok=True)
         undo.callback(paths.memory_table.unlink, missing_ok=True)
         await context.expanded.link(source, paths.memory)

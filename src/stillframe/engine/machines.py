@@ -18,7 +18,8 @@ import uuid
 from pathlib import Path
 
 from stillframe.engine.context import Context, LiveInstance
-from stillframe.guest.connection import AgentConnection
+from stillframe.engine.space import LACKS_SPACE, look_after, until_it_goes_on
+from stillframe.guest.connection import AgentConnection, silent
 from stillframe.guest.identity import identify
 from stillframe.host.files import create_sparse, storage_errors
 from stillframe.images.boot import BootPair, write_config_disk
@@ -138,7 +139,7 @@ def foreign_to(instance: Instance, probe: DriverProbe) -> list[str]:
     """Why memory of ``instance`` cannot run under a hypervisor as it is here; empty if it can.
 
     The host's processor counts only where guests see it, under KVM, and where it was recorded. The
-    version does not where the hypervisor seals memory: state of vz loads under a newer macOS.
+    version does not where the hypervisor seals memory: that alone can tell what it loads.
     """
     hypervisor = instance.hypervisor.value
     facts = [(f"with {hypervisor} accelerator", instance.accelerator, probe.accelerator)]
@@ -190,6 +191,8 @@ async def connect(context: Context, live: LiveInstance, timeout: float) -> Agent
 
     Raises GuestFailure when the agent is silent for ``timeout`` seconds, or has been before.
     """
+    if live.machine.lacks_space.is_set():
+        raise GuestFailure(LACKS_SPACE, hint="free space in the data directory")
     if live.greeting is not None:
         await asyncio.wait([live.greeting])
         failure = None if live.greeting.cancelled() else live.greeting.exception()
@@ -202,27 +205,51 @@ async def connect(context: Context, live: LiveInstance, timeout: float) -> Agent
 
 
 async def dial(live: LiveInstance, timeout: float) -> AgentConnection:
-    """The connection to the guest agent, made if there is none. Raises GuestFailure."""
-    async with live.dialling:
-        if live.connection is None or not live.connection.alive:
-            stream = await live.machine.dial_agent()
-            live.connection = await AgentConnection.open(
-                stream, deadline=timeout, on_event=lambda _: live.news.set()
-            )
-        return live.connection
+    """The connection to the guest agent, made if there is none.
+
+    Raises GuestFailure when that takes more than ``timeout`` seconds, VmmFailure.
+    """
+    try:
+        async with asyncio.timeout(timeout), live.dialling:
+            if live.connection is None or not live.connection.alive:
+                stream = await live.machine.dial_agent()
+                live.connection = await AgentConnection.open(
+                    stream,
+                    deadline=timeout,
+                    on_event=lambda _: live.news.set(),
+                    on_loss=live.news.set,
+                )
+            return live.connection
+    except TimeoutError as error:
+        raise silent(timeout) from error
 
 
 async def identify_guest(context: Context, instance: Instance, live: LiveInstance) -> None:
-    """Make a restored or forked guest itself: entropy, clock, names. Raises GuestFailure."""
-    connection = await dial(live, context.settings.agent_timeout)
-    await identify(
-        connection,
-        seed=secrets.token_bytes(64),
-        time_ns=time.time_ns,
-        hostname=instance.name,
-        machine_id=machine_id(instance.id),
-        instance_id=instance.id,
-    )
+    """Make a restored or forked guest itself: entropy, clock, names. Raises GuestFailure.
+
+    One that is silent because it lacks space is asked again when it goes on.
+    """
+    while True:
+        try:
+            return await _identify_once(context, instance, live)
+        except GuestFailure:
+            if not live.machine.lacks_space.is_set():
+                raise
+        await until_it_goes_on(context, instance.id)
+
+
+async def _identify_once(context: Context, instance: Instance, live: LiveInstance) -> None:
+    patience = context.settings.agent_timeout
+    connection = await dial(live, patience)
+    async with connection.answering(patience):
+        await identify(
+            connection,
+            seed=secrets.token_bytes(64),
+            time_ns=time.time_ns,
+            hostname=instance.name,
+            machine_id=machine_id(instance.id),
+            instance_id=instance.id,
+        )
 
 
 async def end(context: Context, instance_id: str) -> None:
@@ -256,7 +283,11 @@ async def _await_ready(context: Context, instance_id: str, live: LiveInstance) -
 
 async def _watch(context: Context, instance_id: str, live: LiveInstance) -> None:
     """Record the end of a VMM that nobody asked to end; boot it again after a guest reboot."""
-    await live.machine.wait_exit()
+    about_space = context.spawn(look_after(context, instance_id, live), name="look after space")
+    try:
+        await live.machine.wait_exit()
+    finally:
+        about_space.cancel()
     if live.ending or context.closing:
         return
     async with context.exclusive(instance_id, "VMM exit") as instance:

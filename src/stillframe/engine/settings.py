@@ -16,7 +16,8 @@ class EngineSettings:
     ``accelerator`` is ``auto``, ``kvm`` or ``tcg``; ``kernel_dir`` an unpacked kernel package;
     ``programs_dir`` is where hypervisors are looked for after PATH;
     ``max_concurrent_starts`` bounds how many VMMs are being started at once;
-    ``capture_buffer_bytes`` the host memory that one capture uses while its guest stands still;
+    ``capture_buffer_bytes`` the host memory that captures together use while guests stand still
+    (each has 16 MiB in any case);
     ``warm_memory_bytes`` what all warm forks together may hold;
     ``tracker_library`` is preloaded into VMMs so that writes can be tracked (None: they are not).
     ``max_snapshots`` and ``max_snapshot_bytes`` (on disk) are quotas, 0 for none;

@@ -150,10 +150,11 @@ class Telemetry:
 def count_failures(engine: type[E]) -> type[E]:
     """Class decorator of the engine: failures of its ``VERBS`` are counted and passed on.
 
-    The engine's ``context.telemetry`` counts them. Of many forks each failed outcome counts.
+    The engine's ``context.telemetry`` counts them, its ``context.under_way`` those at work. Of many
+    forks each failed outcome counts.
     """
     for name, operation in VERBS.items():
-        verb = vars(engine).get(name)
+        verb = getattr(engine, name, None)
         if verb is not None:
             setattr(engine, name, _counting(verb, operation))
     return engine
@@ -166,7 +167,8 @@ def _counting(
     async def counting(self: Any, *arguments: Any, **keywords: Any) -> Any:
         telemetry: Telemetry = self.context.telemetry
         try:
-            result = await verb(self, *arguments, **keywords)
+            with self.context.under_way():
+                result = await verb(self, *arguments, **keywords)
         except Exception as error:
             telemetry.count_failure(operation, error)
             raise

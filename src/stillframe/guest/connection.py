@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import struct
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -15,6 +15,7 @@ from stillframe.guest.wire import Frame, FrameType
 from stillframe.model.errors import GuestFailure
 
 NONCE_SIZE = 16
+AGENT_SAYS = "guest agent: "  # before the words of an agent
 HELLO_INTERVAL = 0.5  # seconds between greetings while nobody answers
 READ_SIZE = 65536
 # Grant credit in pieces of this size, not per frame.
@@ -50,11 +51,27 @@ def parse_hello(payload: bytes) -> AgentHello:
 
 
 def parse_fields(payload: bytes) -> dict[str, str]:
-    """A text list as a dict (last value wins). Raises GuestFailure when it is malformed."""
+    """A text list as a dict (last value wins). Raises GuestFailure when it is malformed.
+
+    The values are ``wire.printable``, for they end in records and answers.
+    """
+    return {key: wire.printable(value) for key, value in parse_names(payload).items()}
+
+
+def parse_names(payload: bytes) -> dict[str, str]:
+    """``parse_fields`` with names of files as they are, to be handed back: bytes are escaped."""
     try:
         return dict(wire.parse_text_list(payload))
     except ValueError as error:
         raise GuestFailure(f"the guest agent's answer is malformed: {error}") from error
+
+
+def silent(seconds: float) -> GuestFailure:
+    """The error for an agent that has not answered within that time."""
+    return GuestFailure(
+        f"the guest agent did not answer within {seconds:g} s",
+        hint="look at the instance's app log: the guest may still boot or have crashed",
+    )
 
 
 class Channel:
@@ -81,7 +98,7 @@ class Channel:
             self._ended = True
             fields = parse_fields(frame.payload)
             raise GuestFailure(
-                f"guest agent: {fields.get('message', 'failed')[:400]}",
+                f"{AGENT_SAYS}{fields.get('message', 'failed')[:400]}",
                 errno=fields.get("errno", "EUNKNOWN")[:32],
             )
         if frame.type in _DATA_TYPES:
@@ -121,10 +138,9 @@ class Channel:
     async def close(self) -> None:
         """Forget the channel; tells the guest when the operation is still under way. Idempotent."""
         self._connection.forget(self)
-        if not self._ended and self._connection.alive:
+        if not self._ended:
             self.end()
-            with contextlib.suppress(GuestFailure):
-                await self.send(FrameType.CLOSE)
+            self._connection.post(Frame(FrameType.CLOSE, self.number, b""))
 
     async def _consume(self, size: int) -> None:
         self._consumed += size
@@ -154,10 +170,17 @@ class Channel:
 class AgentConnection:
     """A greeted agent. Use ``open``; every channel fails with GuestFailure when it is lost."""
 
-    def __init__(self, stream: Stream, hello: AgentHello, on_event: EventCallback | None) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        hello: AgentHello,
+        on_event: EventCallback | None,
+        on_loss: Callable[[], None] | None,
+    ) -> None:
         self._reader, self._writer = stream
         self._hello = hello
         self._on_event = on_event
+        self._on_loss = on_loss
         self._channels: dict[int, Channel] = {}
         self._next = 0
         self._failure: GuestFailure | None = None
@@ -165,27 +188,30 @@ class AgentConnection:
 
     @classmethod
     async def open(
-        cls, stream: Stream, *, deadline: float, on_event: EventCallback | None = None
+        cls,
+        stream: Stream,
+        *,
+        deadline: float,
+        on_event: EventCallback | None = None,
+        on_loss: Callable[[], None] | None = None,
     ) -> Self:
         """Greet the agent within ``deadline`` seconds; the stream is ours, and closed on failure.
 
-        ``on_event`` is called with the new state when the workload starts or ends. Raises
-        GuestFailure (code ``guest_agent_error``) when nobody answers or the stream breaks.
+        ``on_event`` is called with the new state when the workload starts or ends, ``on_loss``
+        when the session has ended, for whatever reason. Raises GuestFailure (code
+        ``guest_agent_error``) when nobody answers or the stream breaks.
         """
         reader, writer = stream
         try:
             async with asyncio.timeout(deadline):
                 hello, decoder = await _greet(reader, writer)
         except TimeoutError as error:
-            writer.close()
-            raise GuestFailure(
-                f"the guest agent did not answer within {deadline:g} s",
-                hint="look at the instance's app log: the guest may still boot or have crashed",
-            ) from error
+            writer.transport.abort()
+            raise silent(deadline) from error
         except BaseException:
-            writer.close()
+            writer.transport.abort()
             raise
-        connection = cls(stream, hello, on_event)
+        connection = cls(stream, hello, on_event, on_loss)
         connection._pump = asyncio.create_task(connection._read(decoder))
         return connection
 
@@ -201,8 +227,23 @@ class AgentConnection:
 
     def failure(self) -> GuestFailure:
         """Why the connection is lost, as a fresh error to raise."""
-        reason = self._failure.message if self._failure else "the guest agent is gone"
-        return GuestFailure(reason)
+        if self._failure is None:
+            return GuestFailure("the guest agent is gone")
+        return GuestFailure(self._failure.message, hint=self._failure.hint)
+
+    @contextlib.asynccontextmanager
+    async def answering(self, seconds: float) -> AsyncIterator[None]:
+        """Give the agent that long for the block, which asks for what it can answer at once.
+
+        One that does not has lost us: the session ends, and whoever connects next greets anew.
+        Raises GuestFailure.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError as error:
+            self._lose(silent(seconds))
+            raise self.failure() from error
 
     def open_channel(self) -> Channel:
         """A channel with a number never used before. Raises GuestFailure when lost."""
@@ -215,6 +256,11 @@ class AgentConnection:
     def forget(self, channel: Channel) -> None:
         """Drop what still arrives for this channel."""
         self._channels.pop(channel.number, None)
+
+    def post(self, frame: Frame) -> None:
+        """Write a small frame without waiting for a guest that may take nothing any more."""
+        if self.alive:
+            self._writer.write(wire.encode(frame))
 
     async def send(self, frame: Frame) -> None:
         """Write a frame and wait until the stream takes more. Raises GuestFailure when lost."""
@@ -230,12 +276,14 @@ class AgentConnection:
             raise GuestFailure("the request is too large for the guest agent") from error
 
     async def close(self) -> None:
-        """End the session and the stream; open channels fail. Idempotent."""
+        """End the session and the stream; open channels fail. Idempotent.
+
+        What the guest has not taken yet is dropped: it may never take it.
+        """
         self._lose(GuestFailure("the connection to the guest agent was closed"))
         if self._pump:
             self._pump.cancel()
             await asyncio.gather(self._pump, return_exceptions=True)
-        self._writer.close()
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
@@ -251,7 +299,6 @@ class AgentConnection:
             self._lose(GuestFailure(f"the guest agent's stream broke: {error}"))
         except GuestFailure as error:
             self._lose(error)
-            self._writer.close()
 
     def _dispatch(self, frame: Frame) -> None:
         if frame.channel:
@@ -264,10 +311,15 @@ class AgentConnection:
                 self._on_event(self._hello)
 
     def _lose(self, failure: GuestFailure) -> None:
-        if self._failure is None:
-            self._failure = failure
-            for channel in list(self._channels.values()):
-                channel.deliver(None)
+        if self._failure is not None:
+            return
+        self._failure = failure
+        for channel in list(self._channels.values()):
+            channel.deliver(None)
+        # The guest's end takes one host at a time: the next one must not queue behind us.
+        self._writer.transport.abort()
+        if self._on_loss:
+            self._on_loss()
 
 
 async def _greet(

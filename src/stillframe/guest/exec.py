@@ -6,7 +6,7 @@ import struct
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 from stillframe.guest import wire
-from stillframe.guest.connection import AgentConnection, Channel
+from stillframe.guest.connection import AGENT_SAYS, AgentConnection, Channel
 from stillframe.guest.wire import Frame, FrameType
 from stillframe.model.errors import GuestFailure
 
@@ -48,14 +48,20 @@ async def start_exec(
     except BaseException:
         connection.forget(channel)
         raise
-    return GuestExec(channel)
+    doing = {
+        "exec": f"run {command[0] if command else 'nothing'}",
+        "cwd": f"enter {cwd or 'the working directory'}",
+        "user": f"run as {user or 'the image says'}",
+    }
+    return GuestExec(channel, doing)
 
 
 class GuestExec:
     """A command running in the guest. Use one reader: ``output`` to its end, or ``wait`` alone."""
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
+    def __init__(self, channel: Channel, doing: Mapping[str, str]) -> None:
+        """``doing`` says in words what the agent does at each stage of a start."""
+        self._channel, self._doing = channel, doing
         self._exit_code: int | None = None
 
     async def output(self) -> AsyncIterator[tuple[int, bytes]]:
@@ -109,5 +115,11 @@ class GuestExec:
             if "errno" not in error.facts:
                 raise
             raise GuestFailure(
-                error.message, code="exec_failed", errno=error.facts["errno"]
+                self._told(error.message), code="exec_failed", errno=error.facts["errno"]
             ) from error
+
+    def _told(self, message: str) -> str:
+        """The agent's message with what it is about; the agent names the stage and the reason."""
+        stage, _, reason = message.removeprefix(AGENT_SAYS).partition(": ")
+        doing = self._doing.get(stage)
+        return message if doing is None else f"cannot {doing}: {reason}"

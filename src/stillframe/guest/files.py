@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from stillframe.guest import wire
-from stillframe.guest.connection import AgentConnection, Channel, parse_fields
+from stillframe.guest.connection import (
+    AgentConnection,
+    Channel,
+    parse_fields,
+    parse_names,
+    silent,
+)
 from stillframe.guest.wire import FrameType
 from stillframe.model.errors import GuestFailure
 from stillframe.model.values import PathInfo
@@ -74,10 +81,12 @@ async def write_path(
     mode: int | None = None,
     uid: int | None = None,
     gid: int | None = None,
+    patience: float,
 ) -> int:
     """Write a file (``data`` its bytes) or make a directory (``data`` None); missing parents too.
 
-    Returns the bytes written. Raises GuestFailure with the fact ``errno`` when the guest refuses.
+    Returns the bytes written. Raises GuestFailure: with the fact ``errno`` when the guest refuses,
+    without when it takes nothing for ``patience`` seconds.
     """
     fields = {"path": path, "kind": "dir" if data is None else "file"}
     if mode is not None:
@@ -86,10 +95,25 @@ async def write_path(
     async with _operation(connection, FrameType.WRITE, fields) as channel:
         if data is not None:
             async for chunk in data:
-                await channel.send_data(FrameType.DATA, chunk)
-        await channel.send(FrameType.END)
-        answer = parse_fields((await channel.expect(FrameType.OK)).payload)
+                async with _patient(patience):
+                    await channel.send_data(FrameType.DATA, chunk)
+        async with _patient(patience):
+            await channel.send(FrameType.END)
+            answer = parse_fields((await channel.expect(FrameType.OK)).payload)
     return _number(answer, "bytes")
+
+
+@asynccontextmanager
+async def _patient(seconds: float) -> AsyncIterator[None]:
+    """Raises GuestFailure when the block takes longer. The session is left as it is.
+
+    What a guest writes to may hang, and the guest be in the best of health.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise silent(seconds) from error
 
 
 async def read_path(
@@ -107,7 +131,7 @@ async def read_path(
             if frame.type == FrameType.END:
                 channel.end()
                 return
-            entry = _entry(parse_fields(frame.payload), channel)
+            entry = _entry(parse_names(frame.payload), channel)
             yield entry
             async for _ in entry.data:
                 pass
@@ -116,7 +140,9 @@ async def read_path(
 def _entry(fields: dict[str, str], channel: Channel) -> GuestEntry:
     kind = fields.get("type", "")
     if kind not in _KINDS:
-        raise GuestFailure("the guest named an unknown kind of file", kind=kind[:32])
+        raise GuestFailure(
+            "the guest named an unknown kind of file", kind=wire.printable(kind[:32])
+        )
     size = _number(fields, "size") if kind == "file" else 0
     return GuestEntry(
         path=_safe_path(fields.get("path", "")),
@@ -147,7 +173,9 @@ def _safe_path(path: str) -> str:
     parts = path.split("/")
     bad = not path or len(path) > MAX_PATH or "\\" in path
     if bad or any(part in ("", ".", "..") or len(part) > 255 for part in parts):
-        raise GuestFailure("the guest named a path outside what was asked for", path=path[:200])
+        raise GuestFailure(
+            "the guest named a path outside what was asked for", path=wire.printable(path[:200])
+        )
     return path
 
 

@@ -121,8 +121,16 @@ def text_list(pairs: Iterable[tuple[str, str]]) -> bytes:
     return b"".join(parts)
 
 
+def printable(text: str) -> str:
+    """Text from a guest as it can be stored and sent on: question marks for escaped bytes."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def parse_text_list(payload: bytes) -> list[tuple[str, str]]:
-    """The pairs of a text list. Raises ValueError when it is cut off or odd."""
+    """The pairs of a text list. Raises ValueError when it is cut off or odd.
+
+    Bytes that are not UTF-8, as names of files may be, are escaped (PEP 383).
+    """
     if not payload:
         return []
     if not payload.endswith(b"\0"):

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import time
 from dataclasses import dataclass
 
 from stillframe.host.image import WriteReport, copy_pages, write_pages
-from stillframe.host.memory import GuestMemory, make_buffer
+from stillframe.host.memory import PAGE, GuestMemory, make_buffer
 from stillframe.host.runs import Runs
 
 _RESERVE = 8 << 20  # bytes of buffer for writes that nobody foresaw
 _SMALL = 4 << 20  # bytes that are read in about a millisecond: no further round is worth it
 _FLUSHED = 16 << 20  # bytes after which a round is flushed to the device before the next
 _ROUNDS = 6
+_LEAST = 16 << 20  # bytes of buffer that a capture has whatever others use
 # A round that has to copy more than this share of the last one does not gain on the guest.
 _GAIN = 0.7
 
@@ -34,31 +36,64 @@ class Round:
     seconds: float
 
 
+class BufferBudget:
+    """Host memory (bytes) that all captures together may use as buffers. Used from any thread.
+
+    Nobody ever waits for it: with less of it a capture copies more to its image instead.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._free = limit
+        self._least = max(PAGE, min(_LEAST, limit))
+        self._lock = threading.Lock()
+
+    def take(self, wanted: int) -> int:
+        """As many of ``wanted`` bytes as are free, in whole pages; a few even if none is."""
+        with self._lock:
+            taken = min(wanted, max(self._free, self._least)) // PAGE * PAGE
+            self._free -= taken
+            return taken
+
+    def give_back(self, size: int) -> None:
+        """Of what was taken, ``size`` bytes are used no more."""
+        with self._lock:
+            self._free += size
+
+
 class MemoryCapture:
     """One capture of ``memory`` into the image open as ``fd``. Blocking; used from one thread.
 
     The image holds the guest's memory as it was when its writes were last asked for
-    (``incremental``), or before the VMM first wrote to it. ``buffer_limit`` (bytes) bounds the
-    host memory used: what does not fit is copied to the image during the pause.
+    (``incremental``), or before the VMM first wrote to it. ``budget`` bounds the host memory used:
+    what does not fit is copied to the image during the pause.
     All methods raise OSError, HostFailure, MissingComponent.
     """
 
     def __init__(
-        self, memory: GuestMemory, fd: int, *, incremental: bool, buffer_limit: int
+        self, memory: GuestMemory, fd: int, *, incremental: bool, budget: BufferBudget
     ) -> None:
         self.rounds: list[Round] = []
         self.changed: list[Runs] = []  # what the image got in each round, and in the end
         self._memory, self._fd = memory, fd
-        self._incremental, self._limit = incremental, buffer_limit
+        self._incremental, self._budget = incremental, budget
         self._compare = incremental and not memory.tracked
         self._report = WriteReport()
         self._runs = Runs()
         self._buffer: mmap.mmap | None = None
+        self._room = 0  # bytes of the budget, for the buffer
 
     def ahead(self) -> None:
         """While the guest runs: copy what can be copied, and make the buffer ready."""
-        expected = self._copy_rounds() if self._memory.tracked else self._expect_all()
-        self._buffer = make_buffer(min(expected + expected // 4 + _RESERVE, self._limit))
+        if self._memory.tracked:
+            self._make_room(self._copy_rounds())
+        else:
+            self._expect_all()
+        self._buffer = make_buffer(self._room)
+
+    def _make_room(self, expected: int) -> None:
+        """Take of the budget what that many bytes, or somewhat more, need."""
+        wanted = expected + expected // 4 + _RESERVE
+        self._room += self._budget.take(wanted)
 
     def _copy_rounds(self) -> int:
         """Copy until a round is small or does not gain; the bytes of the last one."""
@@ -88,29 +123,32 @@ class MemoryCapture:
         self.changed.append(runs)
         self.rounds.append(Round(runs.total, time.perf_counter() - began))
 
-    def _expect_all(self) -> int:
-        """The bytes the pause will have to read; copies ahead what would not fit the buffer."""
+    def _expect_all(self) -> None:
+        """Make room for what the pause will read; copies ahead what would not fit the buffer."""
         runs = self._memory.private_pages()
-        if runs.total + _RESERVE > self._limit:
+        self._make_room(runs.total)
+        if runs.total + _RESERVE > self._room:
             self._copy(runs)
             self._compare = True  # most of it will be found as it was copied
-        return runs.total
 
     def still(self) -> int:
         """While the guest stands still: take what is left; its bytes. No disk is touched.
 
-        Unless there is more than ``buffer_limit``: that is copied to the image.
+        Unless there is more than the buffer may hold: the rest is copied to the image.
         """
         tracked = self._memory.tracked
         runs = self._memory.written_pages() if tracked else self._memory.private_pages()
         self.changed.append(runs)
         total = runs.total
-        if total > self._limit:
-            self._report += copy_pages(self._memory, runs, self._fd, compare=self._compare)
-            return total
-        if self._buffer is None or len(self._buffer) < total:
-            self.close()
-            self._buffer = make_buffer(total)
+        if total > self._room:
+            self._room += self._budget.take(total - self._room)
+        if total > self._room:
+            runs, *rest = runs.pieces(self._room)
+            for piece in rest:
+                self._report += copy_pages(self._memory, piece, self._fd, compare=self._compare)
+        if self._buffer is None or len(self._buffer) < runs.total:
+            self._close_buffer()
+            self._buffer = make_buffer(runs.total)
         self._memory.read(runs, self._buffer)
         self._runs = runs
         return total
@@ -124,7 +162,12 @@ class MemoryCapture:
         return self._report
 
     def close(self) -> None:
-        """Give the buffer back to the host."""
+        """Give the buffer back to the host, and its room to other captures."""
+        self._close_buffer()
+        self._budget.give_back(self._room)
+        self._room = 0
+
+    def _close_buffer(self) -> None:
         if self._buffer is not None:
             self._buffer.close()
             self._buffer = None

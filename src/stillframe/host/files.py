@@ -28,6 +28,7 @@ _CANNOT_CLONE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errn
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _BLOCK = 4096
 _ZEROS = bytes(_BLOCK)
+_MANY_ZEROS = memoryview(bytes(1 << 20))
 
 
 class CloneKind(StrEnum):
@@ -261,13 +262,17 @@ def create_sparse(path: Path, size: int) -> None:
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
-    """Deallocate a range so that it reads as zeros; writes zeros where that is unsupported."""
+    """Deallocate a range so that it reads as zeros; writes zeros where that is unsupported.
+
+    Raises OSError.
+    """
     try:
         _fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-        os.pwrite(fd, bytes(length), offset)
+        for start in range(offset, offset + length, len(_MANY_ZEROS)):
+            write_fully(fd, _MANY_ZEROS[: offset + length - start], start)
 
 
 def share_by_page(fd: int) -> None:

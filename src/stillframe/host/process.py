@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from stillframe.host.darwin import processes as darwin
-from stillframe.model.errors import HostFailure, MissingComponent, Timeout, VmmFailure
+from stillframe.model.errors import HostFailure, MissingComponent, NotSupported, Timeout, VmmFailure
 from stillframe.model.values import ProcessIdentity
 
 Argument = str | Path
@@ -127,6 +127,36 @@ def private_memory(pid: int) -> int:
     return 1024 * sum(map(int, _PRIVATE_MEMORY.findall(text)))
 
 
+@dataclass(frozen=True, slots=True)
+class ProcessUse:
+    """What a process has taken: seconds of processors, bytes resident and mapped."""
+
+    cpu_seconds: float
+    resident_bytes: int
+    virtual_bytes: int
+
+
+def process_use(identity: ProcessIdentity) -> ProcessUse:
+    """Fields 14, 15, 23 and 24 of /proc/PID/stat (proc(5)). Raises HostFailure when it has ended.
+
+    Raises NotSupported on macOS, whose kernel does not tell.
+    """
+    if sys.platform == "darwin":
+        raise NotSupported("what a process takes is not measured on macOS")
+    try:
+        fields = _stat_fields(identity.pid)
+    except ProcessLookupError:
+        fields = []
+    if not fields or (int(fields[19]), boot_id()) != (identity.start_time, identity.boot_id):
+        raise HostFailure(f"process {identity.pid} has ended")
+    ticks = int(fields[11]) + int(fields[12])
+    return ProcessUse(
+        cpu_seconds=ticks / os.sysconf("SC_CLK_TCK"),
+        resident_bytes=int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
+        virtual_bytes=int(fields[20]),
+    )
+
+
 @cache
 def boot_id() -> str:
     """This boot of the host (/proc/sys/kernel/random/boot_id; macOS: kern.bootsessionuuid)."""
@@ -142,6 +172,11 @@ def start_time(pid: int) -> int:
     """
     if sys.platform == "darwin":
         return darwin.start_time(pid)
+    return int(_stat_fields(pid)[19])
+
+
+def _stat_fields(pid: int) -> list[str]:
+    """/proc/PID/stat from field 3 on, of a process that lives. Raises ProcessLookupError."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError) as error:
@@ -150,7 +185,7 @@ def start_time(pid: int) -> int:
     fields = text[text.rindex(")") + 2 :].split()
     if fields[0] in "ZX":
         raise ProcessLookupError(pid)
-    return int(fields[19])
+    return fields
 
 
 def _open_exit(pid: int) -> int:
@@ -186,6 +221,7 @@ class Process:
             darwin.reap(self.identity.pid)
         else:
             self._reap()
+        self._release()
         if self._gone is not None and not self._gone.done():
             self._gone.set_result(None)
 
@@ -225,12 +261,16 @@ class Process:
 
     def close(self) -> None:
         """Stop watching; the process runs on."""
+        if self._gone is not None and not self._ended:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+        self._ended = True
+        self._release()
+
+    def _release(self) -> None:
+        """Close the descriptor: of a process that has ended nobody asks anything more by it."""
         if self._pidfd >= 0:
-            if self._gone is not None and not self._ended:
-                asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = -1
-            self._ended = True
 
 
 def spawn(

@@ -230,6 +230,29 @@ class ImageLibrary:
         self._start(normal, {}, lambda: self._take(image, source))
         return await asyncio.shield(self._pulls[normal].task)
 
+    def tag(self, reference: str, target: str) -> Image:
+        """Give a ready image another name as well; a name that another image has moves over.
+
+        Raises InvalidRequest, NotFound, Ambiguous, Conflict (not ready, or the name is being made).
+        """
+        image, wanted = self.find(reference), parse_reference(target)
+        if wanted.digest is not None or wanted.is_builtin:
+            raise InvalidRequest(
+                f"{target[:80]!r} cannot be given to an image",
+                code="invalid_name",
+                hint="give a name with a tag, for example team/app:1.0",
+            )
+        if image.status is not ImageStatus.READY:
+            raise Conflict(f"image {image.name} is {image.status.value}, not ready")
+        name = str(wanted)
+        if name == image.name:
+            return image
+        if name in self._pulls:
+            raise Conflict(f"image {name} is being made")
+        named = replace(image, name=name, created_at=datetime.now(UTC))
+        self._records.put(named)
+        return named
+
     def _start(
         self,
         name: str,

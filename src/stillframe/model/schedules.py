@@ -77,7 +77,7 @@ def check_schedule(wanted: ScheduleRequest) -> ScheduleRequest:
                 "allowed",
                 field="name_prefix",
             )
-    check_tags({**wanted.metadata, **marks("")})
+    check_tags(wanted.metadata)
     return wanted
 
 
@@ -105,6 +105,14 @@ def check_cron(text: str) -> str:
 def marks(instance_id: str) -> dict[str, str]:
     """The tags that make a snapshot the schedule's own."""
     return {SCHEDULED_TAG: "true", INSTANCE_TAG: instance_id}
+
+
+def check_snapshot_tags(tags: Mapping[str, str] | None) -> dict[str, str]:
+    """``check_tags`` for a snapshot: a schedule's marks are beside the tags people may give it."""
+    tags = dict(tags or {})
+    check_tags({key: value for key, value in tags.items() if key not in marks("")})
+    check_tags({key: value for key, value in tags.items() if key in marks("")})
+    return tags
 
 
 def first_run(wanted: ScheduleRequest, now: datetime) -> datetime:

@@ -96,10 +96,30 @@ def permission(verb: Verb, state: InstanceState, *, refusal_code: str | None = N
     allowed = ALLOWED[verb].get(state)
     if allowed is not None:
         return allowed
-    wanted = " or ".join(s.value for s, p in ALLOWED[verb].items() if p is _DO)
+    wanted = [s for s, p in ALLOWED[verb].items() if p is _DO]
     raise InvalidState(
-        f"cannot {verb.value}: instance is {state.value}, must be {wanted}",
+        f"cannot {verb.value}: instance is {state.value}, must be "
+        + " or ".join(one.value for one in wanted),
         code=refusal_code,
-        hint=f"bring the instance to {wanted} first",
+        hint=_way(verb, state, wanted),
         state=state.value,
     )
+
+
+# From a state in which an instance stays to another: what to ask for.
+_WAYS = {
+    (_S.STANDBY, _S.RUNNING): "restore the instance first",
+    (_S.STANDBY, _S.STOPPED): "restore the instance, then stop it",
+    (_S.STOPPED, _S.RUNNING): "start the instance first",
+    (_S.STOPPED, _S.STANDBY): "start the instance, then put it into standby",
+    (_S.RUNNING, _S.STANDBY): "put the instance into standby, or stop it",
+    (_S.RUNNING, _S.STOPPED): "stop the instance first",
+}
+
+
+def _way(verb: Verb, state: InstanceState, wanted: list[InstanceState]) -> str:
+    """What to do so that the verb is possible."""
+    if (verb, state) == (Verb.START, _S.STANDBY):
+        return "restore the instance: its memory is in standby"
+    ways = [_WAYS[state, one] for one in wanted if (state, one) in _WAYS]
+    return ways[0] if ways else "wait until the instance has settled, or delete it"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 from stillframe.model.errors import InvalidRequest
 
@@ -13,6 +13,7 @@ KIB, MIB, GIB, TIB = 1024, 1024**2, 1024**3, 1024**4
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*$", re.IGNORECASE)
 _DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
+_LONGEST_DURATION = 64  # characters
 _NANOSECONDS = {
     "ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6,
     "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9,
@@ -56,7 +57,8 @@ def format_size(size: int) -> str:
 
 def parse_duration(text: str, *, code: str = "invalid_request") -> timedelta:
     """A Go duration (``1h30m``, ``500ms``, ``0s``). Raises InvalidRequest with ``code``."""
-    rest, sign = text.strip()[:64], 1
+    stripped = text.strip()
+    rest, sign = (stripped, 1) if len(stripped) <= _LONGEST_DURATION else ("", 1)
     if rest[:1] in "+-" and rest:
         sign = -1 if rest[0] == "-" else 1
         rest = rest[1:]
@@ -94,6 +96,23 @@ def format_duration(value: timedelta) -> str:
     return f"{sign}{minutes}m{seconds}s" if minutes else f"{sign}{seconds}s"
 
 
+def to_utc(moment: datetime, *, what: str = "time", code: str = "invalid_request") -> datetime:
+    """The moment in UTC, in which all times are kept.
+
+    Raises InvalidRequest with ``code`` for one without a zone, or outside UTC's years 1 to 9999.
+    """
+    try:
+        if moment.utcoffset() is not None:
+            return moment.astimezone(UTC)
+    except OverflowError:
+        pass
+    raise InvalidRequest(
+        f"{what} has no zone, or lies outside the years 1 to 9999 in UTC",
+        code=code,
+        hint="write for example 2030-01-31T12:00:00Z",
+    )
+
+
 def check_name(name: str, *, what: str = "name", code: str = "invalid_request") -> str:
     """Return ``name`` if it is 1-63 of a-z, 0-9 and inner hyphens; else raise InvalidRequest."""
     if len(name) <= 63 and _NAME.fullmatch(name):
@@ -118,6 +137,16 @@ def check_tags(tags: Mapping[str, str] | None) -> dict[str, str]:
                 hint="keys 1-128, values 0-256 letters, digits, spaces and _ . : / = + @ -",
             )
     return tags
+
+
+def check_encodable(text: str, *, what: str) -> str:
+    """Return text that can be written down; InvalidRequest for half a surrogate pair.
+
+    JSON's ``\\ud800`` becomes such a half: no character, which UTF-8 has no bytes for.
+    """
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InvalidRequest(f"{what} has half a surrogate pair, which is no character")
+    return text
 
 
 def new_id() -> str:

@@ -144,6 +144,7 @@ class Instance:
     ``head_snapshot_id`` is the last snapshot taken of it since then: its next one descends from it.
     ``standby_compression`` is what its standby image is to be compressed with, from
     ``standby_compression_at`` on; it says nothing in other states than Standby.
+    ``expires_at`` is when it is deleted by itself; forks and restores never inherit it.
     """
 
     id: str
@@ -184,6 +185,7 @@ class Instance:
     head_snapshot_id: str | None = None
     standby_compression: CompressionConfig | None = None
     standby_compression_at: datetime | None = None
+    expires_at: datetime | None = None
 
     @property
     def has_snapshot(self) -> bool:

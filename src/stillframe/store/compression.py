@@ -247,14 +247,6 @@ def expand(
     return None
 
 
-def read_range(source: Path, offset: int, length: int) -> bytes:
-    """Bytes of the image that ``source`` represents. Raises DamagedData, OSError, ValueError."""
-    with CompressedReader(source) as reader:
-        if not 0 <= offset <= offset + length <= reader.size:
-            raise ValueError("the range is not within the image")
-        return reader.read(offset, length)
-
-
 class CompressedReader(Reader):
     """Reads an image from its compressed representation, frame by frame.
 

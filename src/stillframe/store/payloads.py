@@ -262,13 +262,6 @@ def switch_to_compressed(payload: Payload, algorithm: CompressionAlgorithm) -> N
     fsync_directory(payload.directory)
 
 
-def switch_to_raw(payload: Payload) -> None:
-    """Make the finished ``being_built(memory)`` the memory. Raises OSError."""
-    payload.being_built(payload.memory).rename(payload.memory)
-    fsync_directory(payload.directory)
-    settle(payload)
-
-
 def settle(payload: Payload) -> list[str]:
     """Remove what an interrupted switch left; the names removed. Raises OSError."""
     valid, removed = memory_file(payload), []

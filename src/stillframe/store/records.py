@@ -29,7 +29,8 @@ from stillframe.model.schedules import Schedule
 from stillframe.model.values import Image, Instance, Snapshot
 
 T = TypeVar("T")
-Statement = tuple[str, tuple[str, ...]]
+Statement = tuple[str, tuple[str | None, ...]]
+_UPDATE_SNAPSHOT = "UPDATE snapshots SET name = ?, document = ? WHERE id = ?"
 _PUT_SCHEDULE = (
     "INSERT INTO schedules (instance_id, document) VALUES (?, ?) "
     "ON CONFLICT (instance_id) DO UPDATE SET document = excluded.document"
@@ -293,20 +294,17 @@ class Records:
         if source is not None:
             self.instances[source.id] = source
 
-    def update_snapshot(self, snapshot: Snapshot) -> None:
-        """Write what changed of a known snapshot, leaving any intent. Raises NameConflict."""
-        with self.transaction() as sql:
-            sql.execute(
-                "UPDATE snapshots SET name = ?, document = ? WHERE id = ?",
-                (snapshot.name, to_json(snapshot), snapshot.id),
-            )
-        self.snapshots[snapshot.id] = snapshot
+    def update_snapshot(self, snapshot: Snapshot, *, can_wait: bool = False) -> None:
+        """Write what changed of a known snapshot, leaving any intent. Raises NameConflict.
 
-    def restate_snapshot(self, snapshot: Snapshot) -> None:
-        """Write figures of a known snapshot that are as they are; later if it cannot be now."""
-        self._now_or_later(
-            ("UPDATE snapshots SET document = ? WHERE id = ?", (to_json(snapshot), snapshot.id))
-        )
+        ``can_wait`` as in ``put_instance``.
+        """
+        update = (_UPDATE_SNAPSHOT, (snapshot.name, to_json(snapshot), snapshot.id))
+        if can_wait:
+            self._now_or_later(update)
+        else:
+            with self.transaction() as sql:
+                sql.execute(*update)
         self.snapshots[snapshot.id] = snapshot
 
     def drop_snapshot(self, snapshot_id: str, intent: Intent | None = None) -> None:

@@ -23,7 +23,7 @@ from stillframe.model.values import Hypervisor, ProcessIdentity
 class DriverProbe:
     """What a hypervisor offers on this host, as found by trying.
 
-    ``reason`` says in a sentence why it is unavailable, ``hint`` how to mend it.
+    ``reason`` says in a sentence why it is unavailable, or emulated; ``hint`` how to mend it.
     ``processor`` is what its guests see as theirs: the host's under KVM, a model by name otherwise.
     ``features`` uses the contract's runtime feature ids (snapshots, standby, fork, pause, ...).
     """
@@ -51,6 +51,8 @@ def without_driver(hypervisor: Hypervisor) -> DriverProbe:
 # The devices that a VM booted now gets. Memory loads only into the layout it was captured with, so
 # an older one stays known: 1 had transitional virtio devices and SATA (QEMU).
 DEVICE_LAYOUT = 2
+# The address of a guest's network device: each has a network of its own, so all have the same one.
+GUEST_MAC = "52:54:00:12:34:56"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +101,8 @@ class MachineResources:
 
     ``directory`` is private to the VM and receives the sockets; ``memory_image`` is an existing
     file of exactly ``memory_bytes``, mapped privately and never written; ``device_state`` is None
-    for a cold boot; ``generation_id`` is fresh for every boot and fork (VMGenID). ``tap`` is a
-    network device of this host, for VMMs without a network of their own; ``limits`` hold for VMMs
-    that can keep them, from the boot on (they are part of device state).
+    for a cold boot; ``generation_id`` is fresh for every boot and fork (VMGenID). ``limits`` hold
+    for VMMs that can keep them, from the boot on (they are part of device state).
     """
 
     directory: Path
@@ -114,7 +115,6 @@ class MachineResources:
     console_log: Path
     vmm_log: Path
     device_state: Path | None = None
-    tap: str | None = None
     limits: DeviceLimits = DeviceLimits()
 
 
@@ -137,6 +137,9 @@ class Machine(Protocol):
     process: ProcessIdentity
     # Why the guest ended, once it has: guest-shutdown, guest-reset, guest-panic or host-...
     shutdown_reason: str | None
+    # Set while the VMM has the guest stand still because the file of a disk found no space; it goes
+    # on with ``resume``. Never where guests are told of an error instead.
+    lacks_space: asyncio.Event
     # Whether the VMM must write guest memory itself, because it is no private mapping of the
     # memory image that could be read from outside: see ``save_devices``.
     writes_memory: bool

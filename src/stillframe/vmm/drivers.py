@@ -16,7 +16,7 @@ from stillframe.vmm.vz.driver import VzDriver
 def make_drivers(
     qemu_binary: str,
     accelerator: str,
-    cache_dir: Path,
+    cache_dir: Path | None,
     *,
     firecracker_binary: str = "firecracker",
     cloud_hypervisor_binary: str = "cloud-hypervisor",
@@ -26,8 +26,8 @@ def make_drivers(
 ) -> list[Driver]:
     """All drivers, each of which finds out for itself whether it can work here.
 
-    ``accelerator`` is auto, kvm or tcg; ``cache_dir`` keeps slow findings for the next start;
-    ``programs_dir`` is where ``stillframe setup`` installs hypervisors;
+    ``accelerator`` is auto, kvm or tcg; ``cache_dir`` keeps slow findings for the next start, if it
+    is given; ``programs_dir`` is where ``stillframe setup`` installs hypervisors;
     ``tracker`` is the library that has writes to guest memory tracked.
     The fake hypervisor runs no guest kernel and is only there when asked for by name.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,6 +52,7 @@ class HttpMachine(NoDiskCopies):
     ) -> None:
         self.process: ProcessIdentity = process.identity
         self.shutdown_reason: str | None = None
+        self.lacks_space = asyncio.Event()
         self._process, self._calls, self._states = process, calls, states
         self._agent, self._console_log = agent, console_log
         self._printed_before = log_size(console_log)

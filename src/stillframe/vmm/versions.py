@@ -28,6 +28,7 @@ class KnownBad:
     cves: tuple[str, ...] = ()
 
 
+# For its holes no QEMU is refused: distributions close them without a new version number.
 _QEMU = (KnownBad((0,), (6, 2), "it cannot map a guest's memory as our images need"),)
 # CVE-2026-5747: AWS security bulletin 2026-015, GHSA-776c-mpj7-jm3r. Guests of ours have no PCI
 # transport, which is the holed part; but whether one is there is told by device state, and that

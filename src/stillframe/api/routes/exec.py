@@ -40,6 +40,7 @@ router = APIRouter(tags=["instances"])
 
 _LOG = logging.getLogger("stillframe.api")
 _NOT_STARTED = 127
+_BROKEN = 1011  # RFC 6455: the server met what kept it from fulfilling the request
 # stdin that the guest has not taken yet. Reading on lets us see a client that goes.
 _STDIN_BUFFER_BYTES = 4 * 1024 * 1024
 
@@ -111,8 +112,10 @@ async def _run(
 ) -> None:
     inbox = _Inbox(websocket, tty=request.tty)
     reader = asyncio.create_task(inbox.read())
+    began = False
     try:
         session = await unless_done(reader, engine.exec(instance_id, request))
+        began = True
         feeder = asyncio.create_task(inbox.feed(session))
         try:
             await unless_done(reader, _relay_output(websocket, session))
@@ -123,6 +126,10 @@ async def _run(
         raise
     except StillframeError as error:
         text = blot(error.message, private_texts(websocket))
+        if began and error.code != "exec_failed":
+            # It ran, and nobody knows how it ended: an exit code would be made up.
+            await hang_up(websocket, _BROKEN, text)
+            return
         await send_data(websocket, f"Error: {text}\r\n".encode())
         await send_json(websocket, exitCode=_NOT_STARTED)
     finally:

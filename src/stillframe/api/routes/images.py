@@ -19,7 +19,7 @@ from stillframe.api.auth import ScopedRoute, needs
 from stillframe.api.border import TAGS_QUERY, Engine, TagFilter
 from stillframe.api.errors import problems
 from stillframe.api.schemas.base import Text, respond_list
-from stillframe.api.schemas.images import ImageAnswer, ImageCreateBody
+from stillframe.api.schemas.images import ImageAnswer, ImageCreateBody, ImageTagBody
 from stillframe.api.schemas.instances import check_platform
 from stillframe.model.errors import HostFailure, StorageFull
 from stillframe.model.units import check_tags
@@ -57,7 +57,8 @@ async def list_images(engine: Engine, tags: TagFilter) -> JSONResponse:
 async def pull_image(engine: Engine, body: ImageCreateBody) -> JSONResponse:
     """Begin to pull an image; its status tells the progress."""
     check_platform(body.platform)
-    tags = check_tags(body.tags)
+    # Asking again for an image that is here leaves its tags alone, unless it names others.
+    tags = None if body.tags is None else check_tags(body.tags)
     credentials = body.credentials.model_dump(exclude_none=True) if body.credentials else None
     image = await engine.pull_image(
         body.name, platform=body.platform or None, tags=tags, credentials=credentials or None
@@ -96,6 +97,18 @@ async def import_image(
 async def get_image(engine: Engine, name: str) -> JSONResponse:
     """Get an image by name or digest (percent-encoded as one segment)."""
     return ImageAnswer.of(engine.find_image(name)).response()
+
+
+@router.post(
+    "/images/{name:path}/tag",
+    status_code=201,
+    response_model=ImageAnswer,
+    responses=problems(404, 409),
+    openapi_extra=needs("image:write"),
+)
+async def tag_image(engine: Engine, name: str, body: ImageTagBody) -> JSONResponse:
+    """Give a ready image another name as well."""
+    return ImageAnswer.of(engine.tag_image(name, body.target)).response(201)
 
 
 @router.delete(

@@ -13,14 +13,18 @@ from stillframe.api.border import TAGS_QUERY, Engine, TagFilter
 from stillframe.api.errors import problems
 from stillframe.api.schemas.base import Text, respond_list
 from stillframe.api.schemas.instances import (
+    AutoStandbyStatus,
     InstanceAnswer,
     InstanceCreateBody,
     InstanceForkBody,
+    InstanceStats,
+    InstanceUpdateBody,
     PathInfoAnswer,
     StartBody,
     WaitAnswer,
 )
 from stillframe.api.schemas.lineage import DeletionPreviewAnswer, RunPreviewAnswer
+from stillframe.api.schemas.options import parse_ttl
 from stillframe.api.schemas.snapshots import StandbyBody
 from stillframe.engine.interface import EngineInterface
 from stillframe.model.errors import InvalidRequest, InvalidState, NameConflict
@@ -91,6 +95,47 @@ async def create_instance(engine: Engine, body: InstanceCreateBody) -> JSONRespo
 async def get_instance(engine: Engine, id: str) -> JSONResponse:
     """Get an instance by id, name or unique id prefix."""
     return InstanceAnswer.of(engine.find_instance(id)).response()
+
+
+@router.patch(
+    "/instances/{id}",
+    response_model=InstanceAnswer,
+    responses=problems(404, 409, 501),
+    openapi_extra=needs("instance:write"),
+)
+async def update_instance(engine: Engine, id: str, body: InstanceUpdateBody) -> JSONResponse:
+    """Change when an instance is deleted by itself."""
+    body.check()
+    instance = engine.find_instance(id)
+    if body.expires_at is not None or body.ttl is not None:
+        instance = await engine.set_expiry(
+            instance.id, expires_at=body.expires_at, lifetime=parse_ttl(body.ttl)
+        )
+    return InstanceAnswer.of(instance).response()
+
+
+@router.get(
+    "/instances/{id}/stats",
+    response_model=InstanceStats,
+    responses=problems(404, 409, 501),
+    openapi_extra=needs("instance:read"),
+)
+async def get_stats(engine: Engine, id: str) -> JSONResponse:
+    """Say what the hypervisor of an instance takes; what is not measured is left out."""
+    use = engine.instance_use(engine.find_instance(id).id)
+    return InstanceStats.of(use).response()
+
+
+@router.get(
+    "/instances/{id}/auto-standby/status",
+    response_model=AutoStandbyStatus,
+    responses=problems(404, 409),
+    openapi_extra=needs("instance:read"),
+)
+async def get_auto_standby(engine: Engine, id: str) -> JSONResponse:
+    """Say that no instance of this server goes to standby by itself."""
+    engine.find_instance(id)
+    return AutoStandbyStatus().response()
 
 
 @router.delete(

@@ -11,20 +11,23 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, S
 NAME_PATTERN = "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
 
 
-def _without_nul(text: str) -> str:
+def _plain(text: str) -> str:
     if "\0" in text:
         raise ValueError("must not contain NUL")
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("must not contain half a surrogate pair")
     return text
 
 
 def _env_key(text: str) -> str:
     if not text or "=" in text:
         raise ValueError("must be a variable name without '='")
-    return _without_nul(text)
+    return _plain(text)
 
 
 # NUL separates values in the guest protocol and ends C strings; it never belongs into a text.
-Text = Annotated[StrictStr, AfterValidator(_without_nul)]
+# Half a surrogate pair, which JSON can spell, is no character: nothing could store or send it.
+Text = Annotated[StrictStr, AfterValidator(_plain)]
 Flag = StrictBool
 Int = StrictInt
 Env = dict[Annotated[StrictStr, AfterValidator(_env_key)], Text]
@@ -65,8 +68,14 @@ def respond_list(answers: list[Any]) -> JSONResponse:
 
 
 def utc(moment: datetime | None) -> datetime | None:
-    """The moment in UTC, so that it prints as RFC3339 with ``Z``."""
-    return None if moment is None else moment.astimezone(UTC)
+    """The moment in UTC, so that it prints as RFC3339 with ``Z``.
+
+    One that has no UTC (an older server took such in) stays as it is: no list must fail for it.
+    """
+    try:
+        return None if moment is None else moment.astimezone(UTC)
+    except OverflowError:
+        return moment
 
 
 class ErrorDetail(Answer):

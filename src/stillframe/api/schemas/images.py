@@ -28,6 +28,12 @@ class ImageCreateBody(Body):
     credentials: CredentialsBody | None = None
 
 
+class ImageTagBody(Body):
+    """Another name for an image: a reference with a tag, not with a digest."""
+
+    target: Annotated[Text, Field(min_length=1)]
+
+
 class ImageAnswer(Answer):
     """An image. ``size_bytes`` is null until it is ready."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AwareDatetime, Field
 
@@ -18,6 +18,7 @@ from stillframe.api.schemas.snapshots import (
     parse_delay,
 )
 from stillframe.engine.interface import CreateRequest, WaitResult
+from stillframe.engine.keeping.interface import InstanceUse
 from stillframe.model.errors import InvalidRequest
 from stillframe.model.states import InstanceState
 from stillframe.model.units import check_name, check_tags, format_duration, format_size, parse_size
@@ -95,6 +96,8 @@ class InstanceCreateBody(Body):
             cmd=self.cmd,
             network_enabled=self.network is None or self.network.enabled is not False,
             snapshot_policy=self.snapshot_policy.parse() if self.snapshot_policy else None,
+            expires_at=self.expires_at,
+            lifetime=options.parse_ttl(self.ttl),
         )
         self._refuse_unsupported()
         return request
@@ -104,7 +107,6 @@ class InstanceCreateBody(Body):
         options.check_auto_standby(self.auto_standby)
         options.check_health(self.health_check)
         options.check_restart(self.restart_policy)
-        options.check_expiry(self.expires_at, self.ttl)
         if self.network is not None:
             self.network.check()
         if self.disk_io_bps:
@@ -127,6 +129,30 @@ def check_platform(platform: str | None) -> None:
             code="invalid_platform",
             hint=f"use {' or '.join(PLATFORMS)}",
         )
+
+
+class InstanceUpdateBody(Body):
+    """What to change of an instance; an absent field stays. ``ttl`` of zero: it never expires."""
+
+    env: Env | None = None
+    auto_standby: options.AutoStandbyPolicy | None = None
+    health_check: options.HealthCheck | None = None
+    restart_policy: options.RestartPolicy | None = None
+    expires_at: AwareDatetime | None = None
+    ttl: Text | None = None
+
+    def check(self) -> None:
+        """Raises InvalidRequest with the contract's codes, NotSupported."""
+        options.check_auto_standby(self.auto_standby)
+        options.check_health(self.health_check)
+        options.check_restart(self.restart_policy)
+        if self.env is not None:
+            # The contract changes only what credentials name, of which there are none here.
+            raise InvalidRequest(
+                "env can only be changed where a credential names it",
+                hint="leave env out; a fork of a snapshot takes env",
+                field="env",
+            )
 
 
 class InstanceForkBody(Body):
@@ -229,7 +255,7 @@ class InstanceAnswer(Answer):
             image=instance.image,
             state=instance.state,
             created_at=utc(instance.created_at) or instance.created_at,
-            expires_at=None,
+            expires_at=utc(instance.expires_at),
             state_error=instance.state_error,
             hypervisor=instance.hypervisor,
             platform=instance.platform,
@@ -274,6 +300,54 @@ def _phases(instance: Instance, now: datetime) -> dict[str, int]:
     current = max(0, int((now - instance.phase_since) / timedelta(milliseconds=1)))
     phase = instance.state.phase
     return {**phases, phase: phases.get(phase, 0) + current}
+
+
+class InstanceStats(Answer):
+    """What the hypervisor of an instance takes; zeros while it has none.
+
+    Bytes through the network are left out where nothing counts them.
+    """
+
+    instance_id: str
+    instance_name: str
+    cpu_seconds: float
+    memory_rss_bytes: int
+    memory_vms_bytes: int
+    network_rx_bytes: int | None = None
+    network_tx_bytes: int | None = None
+    allocated_vcpus: int
+    allocated_memory_bytes: int
+    memory_utilization_ratio: float | None = None
+
+    @classmethod
+    def of(cls, use: InstanceUse) -> InstanceStats:
+        """The wire form of what was measured."""
+        instance = use.instance
+        return cls(
+            instance_id=instance.id,
+            instance_name=instance.name,
+            cpu_seconds=use.cpu_seconds,
+            memory_rss_bytes=use.memory_resident_bytes,
+            memory_vms_bytes=use.memory_virtual_bytes,
+            network_rx_bytes=use.network_bytes,
+            network_tx_bytes=use.network_bytes,
+            allocated_vcpus=instance.vcpus,
+            allocated_memory_bytes=instance.memory_bytes,
+            memory_utilization_ratio=round(use.memory_resident_bytes / instance.memory_bytes, 4),
+        )
+
+
+class AutoStandbyStatus(Answer):
+    """The contract's answer where instances do not go to standby by themselves."""
+
+    supported: bool = False
+    configured: bool = False
+    enabled: bool = False
+    eligible: bool = False
+    status: Literal["unsupported"] = "unsupported"
+    reason: Literal["unsupported_platform"] = "unsupported_platform"
+    active_inbound_connections: int = 0
+    tracking_mode: Literal["conntrack_events_v4_tcp"] = "conntrack_events_v4_tcp"
 
 
 class WaitAnswer(Answer):

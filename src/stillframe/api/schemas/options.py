@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -212,23 +212,9 @@ def check_restart(policy: RestartPolicy | None) -> None:
         raise unsupported("restart_policy")
 
 
-def check_expiry(expires_at: datetime | None, ttl: str | None) -> None:
-    """Raises InvalidRequest for a bad deadline or two of them, NotSupported for a good one.
-
-    ``ttl`` of zero is the contract's word for none.
-    """
-    if expires_at is not None and ttl is not None:
-        raise InvalidRequest("give expires_at or ttl, not both")
-    if ttl is not None:
-        lifetime = parse_duration(ttl, code="invalid_ttl")
-        if lifetime < timedelta(0):
-            raise InvalidRequest(f"negative ttl {ttl[:64]!r}", code="invalid_ttl")
-        if lifetime:
-            raise unsupported("ttl")
-    if expires_at is not None:
-        if expires_at <= datetime.now(UTC):
-            raise InvalidRequest("expires_at is in the past", code="invalid_expires_at")
-        raise unsupported("expires_at")
+def parse_ttl(text: str | None) -> timedelta | None:
+    """A lifetime, zero for none. Raises InvalidRequest (``invalid_ttl``)."""
+    return None if text is None else parse_duration(text, code="invalid_ttl")
 
 
 def check_hotplug(text: str | None) -> None:

@@ -39,7 +39,7 @@ class DefaultRuntime(Answer):
 class Runtime(Answer):
     """One hypervisor on this host. Fields after ``features`` are Stillframe's own.
 
-    ``reason`` says why it is unavailable, ``hint`` how to mend it.
+    ``reason`` says why it is unavailable, or emulated; ``hint`` how to mend it.
     """
 
     name: str
@@ -82,8 +82,10 @@ class Capabilities(Answer):
 class ResourceStatus(Answer):
     """One resource: vCPUs, bytes, or bytes per second; a capacity of 0 is unknown.
 
-    ``available`` is never below 0; nothing is refused for lack of vCPUs or memory, so more than
-    there is may be allocated. ``source`` says how the capacity was found.
+    ``available`` is never below 0. ``source`` says how the capacity was found. ``enforced`` is
+    Stillframe's own: whether anything is refused for lack of it. Of the disk snapshots are; nothing
+    is for lack of vCPUs, memory or network, so more than there is may be allocated, and
+    ``oversub_ratio`` says no more than that ``effective_limit`` is the capacity.
     """
 
     type: str
@@ -93,6 +95,7 @@ class ResourceStatus(Answer):
     available: int
     oversub_ratio: float = 1.0
     source: str = "detected"
+    enforced: bool = False
 
     @classmethod
     def of(cls, type: str, allotment: Allotment) -> ResourceStatus:
@@ -103,6 +106,7 @@ class ResourceStatus(Answer):
             effective_limit=allotment.effective_limit,
             allocated=allotment.allocated,
             available=allotment.available,
+            enforced=type == "disk",
         )
 
 

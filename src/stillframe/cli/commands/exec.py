@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stillframe.cli.client import Client, broken_stream, instance_path, parse_pairs
+from stillframe.cli.client import (
+    Client,
+    broken_stream,
+    guest_command,
+    instance_path,
+    parse_pairs,
+)
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -43,7 +49,7 @@ def exec_(
     """Run a command in an instance; exits with its exit code."""
     client: Client = context.obj
     request: dict[str, Any] = {
-        "command": command or ["/bin/sh"],
+        "command": guest_command(command) or ["/bin/sh"],
         "tty": tty,
         "wait_for_agent": wait,
     }
@@ -108,7 +114,8 @@ def _receive(connection: ClientConnection, write: Any) -> int:
                 return int(message["exitCode"])
             raise broken_stream(str(message.get("error", "an unknown message came")))
     except ConnectionClosed as error:
-        raise broken_stream(str(error)) from error
+        told = error.rcvd.reason if error.rcvd is not None else ""
+        raise broken_stream(told or str(error)) from error
     except ValueError as error:
         raise broken_stream("a malformed message came") from error
     raise broken_stream("it was closed before the exit code")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 Relative = dict[str, Any]
+_SHARERS_TOLD = 3  # of those who share a memory image: with forks by the hundred it is enough
 _PLAIN_WIDTH = 200  # for programs and pagers, which fold lines themselves
 
 
@@ -54,7 +55,7 @@ def _above(relative: Relative, known: dict[str, Relative]) -> str | None:
     if relative["kind"] == "snapshot":
         source = relative.get("source_instance_id")
         return source if source in known else None
-    for key in ("parent_snapshot_id", "parent_instance_id"):
+    for key in ("parent_instance_id", "parent_snapshot_id"):
         above = known.get(relative.get(key) or "")
         # An instance restored to its own snapshot is still that snapshot's source.
         if above is not None and above.get("source_instance_id") != relative["id"]:
@@ -74,7 +75,9 @@ def _label(relative: Relative, names: dict[str, str], mark: str | None) -> Text:
     parts.append(f"frees {format_size(relative['exclusive_bytes'] or 0)}")
     if relative["shares_memory_with"]:
         others = sorted(names.get(other, other) for other in relative["shares_memory_with"])
-        parts.append(f"memory shared with {', '.join(others)}")
+        told, more = others[:_SHARERS_TOLD], len(others) - _SHARERS_TOLD
+        also = f" and {more} more" if more > 0 else ""
+        parts.append(f"memory shared with {', '.join(told)}{also}")
     if relative["pinned"]:
         parts.append("pinned")
     label.append("  " + ", ".join(parts), style="dim")

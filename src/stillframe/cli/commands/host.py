@@ -1,11 +1,13 @@
 """``stillframe doctor``: what this machine has, what it lacks, and how to mend it.
 
-Reads what is on this machine directly, and asks a running server what its hypervisors offer. What
-it takes from ``host`` is imported lazily (exceptions named in the house test).
+Reads what is on this machine directly, and asks a running server what its hypervisors offer; where
+none runs, it looks at them as a server would. What it takes from ``host`` and ``vmm`` is imported
+lazily (exceptions named in the house test).
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
 import shutil
@@ -60,6 +62,7 @@ def _local_findings(settings: Settings) -> Iterator[Finding]:
     yield _program(settings.qemu_binary, "qemu-system-x86", "runs virtual machines")
     yield _optional(settings.firecracker_binary, "firecracker", settings.programs_dir)
     yield _optional(settings.cloud_hypervisor_binary, "cloud-hypervisor", settings.programs_dir)
+    yield _network(Path("/dev/net/tun"))
     for name, (package, purpose) in _PROGRAMS.items():
         yield _program(name, package, purpose)
     yield _kernel(settings.kernel_dir)
@@ -91,6 +94,21 @@ def _optional(name: str, hypervisor: str, installed: Path) -> Finding:
         return Finding(hypervisor, "ok", found)
     missing = f"{name} is not installed; guests can do without"
     return Finding(hypervisor, "warn", missing, f"stillframe setup {hypervisor}")
+
+
+def _network(device: Path) -> Finding:
+    """What the network of guests takes under hypervisors that have none themselves."""
+    from stillframe.host.programs import find_program
+
+    without = "no network under firecracker and cloud-hypervisor"
+    found = find_program("slirp4netns")
+    if not found:
+        fix = "apt-get install slirp4netns"
+        return Finding("slirp4netns", "warn", f"missing: {without}", fix)
+    if not os.access(device, os.R_OK | os.W_OK):
+        why = "no permission" if device.exists() else "absent"
+        return Finding("slirp4netns", "warn", f"{device}: {why}: {without}", "modprobe tun")
+    return Finding("slirp4netns", "ok", found)
 
 
 def _tracker(library: Path) -> Finding:
@@ -165,14 +183,32 @@ def _server_findings(client: Client) -> Iterator[Finding]:
         answer: dict[str, Any] = client.request("GET", "/capabilities")
     except StillframeError as error:
         yield Finding("server", "warn", error.message, error.hint or "")
+        yield from map(_hypervisor, asyncio.run(_probed_here(client.settings)))
         return
     yield Finding("server", "ok", f"{client.base_url}, version {answer['server']['version']}")
-    for runtime in answer.get("runtimes", []):
-        name = f"hypervisor {runtime['name']}"
-        if runtime["available"]:
-            features = ", ".join(runtime.get("features") or ["available"])
-            what = f"{runtime.get('version')} on {runtime.get('accelerator')}: {features}"
-            yield Finding(name, "ok", what)
-        else:
-            reason = str(runtime.get("reason") or "not available")
-            yield Finding(name, "warn", reason, str(runtime.get("hint") or ""))
+    yield from map(_hypervisor, answer.get("runtimes", []))
+
+
+async def _probed_here(settings: Settings) -> list[dict[str, Any]]:
+    """What a server with these settings would find of its hypervisors."""
+    from stillframe.vmm.drivers import make_drivers
+
+    drivers = make_drivers(
+        settings.qemu_binary, settings.accelerator, None,
+        firecracker_binary=settings.firecracker_binary,
+        cloud_hypervisor_binary=settings.cloud_hypervisor_binary,
+        programs_dir=settings.programs_dir,
+    )  # fmt: skip
+    found = await asyncio.gather(*(driver.probe() for driver in drivers))
+    return [{**asdict(probe), "name": probe.hypervisor.value} for probe in found]
+
+
+def _hypervisor(runtime: dict[str, Any]) -> Finding:
+    name = f"hypervisor {runtime['name']}"
+    if runtime["available"]:
+        features = ", ".join(runtime.get("features") or ["available"])
+        what = f"{runtime.get('version')} on {runtime.get('accelerator')}: {features}"
+        emulated = runtime.get("reason")  # why it is not accelerated, if it is not
+        return Finding(name, "ok", f"{what}; emulated: {emulated}" if emulated else what)
+    reason = str(runtime.get("reason") or "not available")
+    return Finding(name, "warn", reason, str(runtime.get("hint") or ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from stillframe.cli import output
-from stillframe.cli.client import Client, image_path
+from stillframe.cli.client import Client, image_path, parse_pairs
 from stillframe.cli.output import JsonFlag
 from stillframe.model.errors import HostFailure, InvalidRequest, NotFound
 from stillframe.model.units import format_size
@@ -42,13 +43,30 @@ def list_(
 def pull(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="For example alpine:3 or stillframe/base.")],
+    platform: Annotated[
+        str | None, typer.Option("--platform", help="For example linux/amd64.")
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="KEY=VALUE")] = None,
+    username: Annotated[
+        str | None, typer.Option("--username", "-u", help="Of a private registry.")
+    ] = None,
+    password_stdin: Annotated[
+        bool, typer.Option("--password-stdin", help="Read its password from stdin, else ask.")
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Until it is ready.")] = True,
     as_json: JsonFlag = False,
 ) -> None:
     """Fetch an image from its registry."""
     client: Client = context.obj
+    wishes = {
+        "name": name,
+        "platform": platform,
+        "tags": parse_pairs(tag, "--tag") or None,
+        "credentials": _credentials(username, password_stdin),
+    }
+    body = {key: value for key, value in wishes.items() if value is not None}
     with output.working(f"pulling {name}"):
-        image = client.request("POST", "/images", body={"name": name})
+        image = client.request("POST", "/images", body=body)
         while wait and image["status"] not in ("ready", "failed"):
             threading.Event().wait(_LOOK_AGAIN_SECONDS)
             image = client.request("GET", image_path(image["name"]))
@@ -85,11 +103,41 @@ def import_(
 
 
 @app.command()
+def tag(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="An image that is here.")],
+    target: Annotated[str, typer.Argument(help="Another name for it, for example team/app:1.0.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Give an image another name as well."""
+    image = context.obj.request("POST", image_path(name) + "/tag", body={"target": target})
+    output.print_json(image) if as_json else _table([image])
+
+
+@app.command()
 def rm(context: typer.Context, names: list[str]) -> None:
     """Forget images that nothing needs."""
     for name in names:
         context.obj.request("DELETE", image_path(name))
         print(name)
+
+
+def _credentials(username: str | None, from_stdin: bool) -> dict[str, str] | None:
+    """What a private registry wants to see. A password on the command line would be for all to see.
+
+    Without a user name what stdin gives is a token of the registry.
+    """
+    if username is None and not from_stdin:
+        return None
+    if from_stdin:
+        secret = sys.stdin.read().rstrip("\r\n")
+    elif sys.stdin.isatty():
+        secret = str(typer.prompt("Password", hide_input=True, err=True))
+    else:
+        raise typer.BadParameter("--username needs --password-stdin where nobody can be asked")
+    if username is None:
+        return {"registry_token": secret}
+    return {"username": username, "password": secret}
 
 
 def _as_tar(layout: Path) -> Iterator[bytes]:

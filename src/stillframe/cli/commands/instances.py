@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Any
 
 import typer
 
 from stillframe.cli import output
-from stillframe.cli.client import Client, instance_path, parse_pairs
+from stillframe.cli.client import Client, guest_command, instance_path, parse_pairs
 from stillframe.cli.commands.previews import DRY, DryRun, print_deletions, print_runs
 from stillframe.cli.output import JsonFlag
 from stillframe.model.errors import HostFailure, InvalidRequest, Timeout
 from stillframe.model.states import InstanceState
 
 Reference = Annotated[str, typer.Argument(metavar="INSTANCE", help="Name, id or unique id prefix.")]
+Hypervisor = Annotated[
+    str | None,
+    typer.Option("--hypervisor", help="Another one, for snapshots of stopped instances."),
+]
+Expiry = Annotated[
+    str | None,
+    typer.Option("--expires", help="Delete it by itself: RFC3339 time, from now (72h), or never."),
+]
+CompressDelay = Annotated[
+    str | None,
+    typer.Option("--compress-delay", metavar="DURATION", help="In standby, before compressing."),
+]
 Compression = Annotated[
     str | None,
     typer.Option("--compress", metavar="zstd|lz4|none[:LEVEL]", help="Compress the memory."),
@@ -37,6 +50,9 @@ def run(
     tag: Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="KEY=VALUE")] = None,
     entrypoint: Annotated[str | None, typer.Option("--entrypoint")] = None,
     network: Annotated[bool, typer.Option("--network/--no-network")] = True,
+    compress: Compression = None,
+    compress_delay: CompressDelay = None,
+    expires: Expiry = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it runs.")] = True,
     as_json: JsonFlag = False,
 ) -> None:
@@ -52,8 +68,10 @@ def run(
         "env": parse_pairs(env, "--env") or None,
         "tags": parse_pairs(tag, "--tag") or None,
         "entrypoint": [entrypoint] if entrypoint else None,
-        "cmd": command or None,
+        "cmd": guest_command(command) or None,
         "network": None if network else {"enabled": False},
+        "snapshot_policy": _policy(compress, compress_delay),
+        **(expiry_body(expires) if expires else {}),
     }
     body = {key: value for key, value in wishes.items() if value is not None}
     with output.working(f"booting {body['name']}"):
@@ -120,9 +138,24 @@ def stop(context: typer.Context, instances: list[str], as_json: JsonFlag = False
     _each(context, instances, "stop", "stopping", as_json)
 
 
-def start(context: typer.Context, instances: list[str], as_json: JsonFlag = False) -> None:
+def start(
+    context: typer.Context,
+    instances: list[str],
+    entrypoint: Annotated[
+        str | None, typer.Option("--entrypoint", help="From now on, in place of the image's.")
+    ] = None,
+    command: Annotated[
+        str | None, typer.Option("--cmd", help="From now on, as one text: 'sleep 60'.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
     """Boot stopped instances again."""
-    _each(context, instances, "start", "starting", as_json)
+    wishes: dict[str, Any] = {}
+    if entrypoint is not None:
+        wishes["entrypoint"] = _words(entrypoint, "--entrypoint")
+    if command is not None:
+        wishes["cmd"] = _words(command, "--cmd")
+    _each(context, instances, "start", "starting", as_json, wishes)
 
 
 def restore(context: typer.Context, instances: list[str], as_json: JsonFlag = False) -> None:
@@ -134,11 +167,33 @@ def standby(
     context: typer.Context,
     instances: list[str],
     compress: Compression = None,
+    compress_delay: CompressDelay = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Keep instances' memory on disk and free the host's."""
-    body = {"compression": compression_body(compress)} if compress else None
+    body: dict[str, Any] = {"compression": compression_body(compress)} if compress else {}
+    if compress_delay:
+        body["compression_delay"] = compress_delay
     _each(context, instances, "standby", "saving", as_json, body)
+
+
+def edit(
+    context: typer.Context,
+    instance: Reference,
+    expires: Expiry = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Change when an instance is deleted by itself."""
+    if not expires:
+        raise typer.BadParameter("say what to change")
+    edited = context.obj.request("PATCH", instance_path(instance), body=expiry_body(expires))
+    output.print_json(edited) if as_json else output.print_facts(edited)
+
+
+def stats(context: typer.Context, instance: Reference, as_json: JsonFlag = False) -> None:
+    """Show what the hypervisor of an instance takes of this host."""
+    found = context.obj.request("GET", instance_path(instance, "stats"))
+    output.print_json(found) if as_json else output.print_facts(found)
 
 
 def rm(
@@ -222,6 +277,27 @@ def compression_body(text: str) -> dict[str, Any]:
         raise InvalidRequest(f"invalid compression {text!r}", hint="write zstd, lz4:3 or none")
     body: dict[str, Any] = {"enabled": True, "algorithm": algorithm}
     return {**body, "level": int(level)} if level else body
+
+
+def expiry_body(text: str) -> dict[str, str]:
+    """``never``, a duration or a time as the contract's ``ttl`` or ``expires_at``."""
+    if text == "never":
+        return {"ttl": "0s"}
+    return {"expires_at": text} if "T" in text else {"ttl": text}
+
+
+def _policy(compress: str | None, delay: str | None) -> dict[str, Any] | None:
+    policy: dict[str, Any] = {"compression": compression_body(compress)} if compress else {}
+    if delay:
+        policy["standby_compression_delay"] = delay
+    return policy or None
+
+
+def _words(text: str, option: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise InvalidRequest(f"{option} {text!r} cannot be split into words: {error}") from error
 
 
 def _each(

@@ -6,6 +6,7 @@ process instead of speaking HTTP to it (an exception named in the house test).
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -71,33 +72,10 @@ def _run_server(settings: Settings) -> None:
     from stillframe.api.server import ServerOptions, run
     from stillframe.engine.settings import EngineSettings
 
+    # The engine's settings are those of ours that bear the same names.
+    names = [field.name for field in fields(EngineSettings) if hasattr(settings, field.name)]
     run(
-        EngineSettings(
-            data_dir=settings.data_dir,
-            kernel_dir=settings.kernel_dir,
-            agent_binary=settings.agent_binary,
-            tracker_library=settings.tracker_library,
-            default_hypervisor=settings.default_hypervisor,
-            qemu_binary=settings.qemu_binary,
-            firecracker_binary=settings.firecracker_binary,
-            cloud_hypervisor_binary=settings.cloud_hypervisor_binary,
-            programs_dir=settings.programs_dir,
-            accelerator=settings.accelerator,
-            max_vcpus=settings.max_vcpus,
-            max_memory_bytes=settings.max_memory_bytes,
-            max_overlay_bytes=settings.max_overlay_bytes,
-            default_memory_bytes=settings.default_memory_bytes,
-            default_vcpus=settings.default_vcpus,
-            default_overlay_bytes=settings.default_overlay_bytes,
-            default_compression=settings.default_compression,
-            max_concurrent_starts=settings.max_concurrent_starts,
-            warm_memory_bytes=settings.warm_memory_bytes,
-            capture_buffer_bytes=settings.capture_buffer_bytes,
-            max_snapshots=settings.max_snapshots,
-            max_snapshot_bytes=settings.max_snapshot_bytes,
-            min_free_bytes=settings.min_free_bytes,
-            max_archive_bytes=settings.max_archive_bytes,
-        ),
+        EngineSettings(**{name: getattr(settings, name) for name in names}),
         ServerOptions(
             listen=settings.listen,
             metrics_listen=settings.metrics_listen,

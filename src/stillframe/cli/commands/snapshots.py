@@ -14,7 +14,7 @@ import typer
 from stillframe.cli import output
 from stillframe.cli.client import Client, instance_path, parse_pairs
 from stillframe.cli.commands import family
-from stillframe.cli.commands.instances import Compression, compression_body
+from stillframe.cli.commands.instances import Compression, Hypervisor, compression_body
 from stillframe.cli.commands.previews import DRY, DryRun, print_deletions, print_runs
 from stillframe.cli.output import JsonFlag
 from stillframe.model.errors import HostFailure, StillframeError
@@ -197,6 +197,7 @@ def restore(
         str | None, typer.Option("--instance", help="Default: the snapshot's source.")
     ] = None,
     state: TargetState = None,
+    hypervisor: Hypervisor = None,
     dry_run: DryRun = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -207,6 +208,7 @@ def restore(
         instance or found["source_instance_id"], "snapshots", found["id"], "restore"
     )
     body = {"target_state": state} if state else {}
+    body |= {"target_hypervisor": hypervisor} if hypervisor else {}
     if dry_run:
         preview = client.request("POST", path, body=body, query=DRY)
         print_runs([preview], as_json)
@@ -232,6 +234,7 @@ def fork(
     tag: Tags = None,
     env: Annotated[list[str] | None, typer.Option("--env", "-e", metavar="KEY=VALUE")] = None,
     state: TargetState = None,
+    hypervisor: Hypervisor = None,
     dry_run: DryRun = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -243,6 +246,7 @@ def fork(
     client: Client = context.obj
     wishes: dict[str, Any] = {
         "target_state": state,
+        "target_hypervisor": hypervisor,
         "tags": parse_pairs(tag, "--tag") or None,
         "env": parse_pairs(env, "--env") or None,
     }

@@ -220,20 +220,26 @@ class Compressor:
         except Exception as error:
             self._update(
                 snapshot_id,
+                can_wait=True,
                 compression_state=CompressionState.ERROR,
                 compression_error=_told(error, f"snapshot {snapshot_id}"),
             )
             self._put_off(snapshot_id, error)
         else:
-            self._update(snapshot_id, size_bytes=size.size, stored_bytes=size.stored, **facts)
+            self._update(
+                snapshot_id, can_wait=True, size_bytes=size.size, stored_bytes=size.stored, **facts
+            )
             await measure_anew(self._context, snapshot_id, snapshot.stored_beside)
             await measure_heirs(self._context, snapshot_id, snapshot_id)
 
-    def _update(self, snapshot_id: str, **changes: Any) -> None:
-        """Change the record as it is by now; gone stays gone."""
+    def _update(self, snapshot_id: str, *, can_wait: bool = False, **changes: Any) -> None:
+        """Change the record as it is by now; gone stays gone.
+
+        With ``can_wait``, for what has happened already, it is written later if it cannot be now.
+        """
         snapshot = self._context.records.snapshots.get(snapshot_id)
         if snapshot is not None:
-            self._context.records.update_snapshot(replace(snapshot, **changes))
+            self._context.records.update_snapshot(replace(snapshot, **changes), can_wait=can_wait)
             self._context.announce(snapshot_id)
 
     # -- standby images -----------------------------------------------------------------------

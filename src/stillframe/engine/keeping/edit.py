@@ -16,7 +16,8 @@ from stillframe.engine.keeping.lineage import family_of, weigh
 from stillframe.engine.verbs import snapshot as taking
 from stillframe.model.errors import Conflict, InvalidRequest, NameConflict
 from stillframe.model.lineage import Relative
-from stillframe.model.units import check_name, check_tags
+from stillframe.model.schedules import check_snapshot_tags
+from stillframe.model.units import check_encodable, check_name, to_utc
 from stillframe.model.values import Snapshot
 
 MAX_DESCRIPTION = 4096
@@ -32,7 +33,7 @@ def edit_snapshot(context: Context, snapshot_id: str, changes: SnapshotChanges) 
     if "name" in changes:
         changed["name"] = _checked_name(context, snapshot, changes["name"])
     if "tags" in changes:
-        changed["tags"] = check_tags(changes["tags"])
+        changed["tags"] = check_snapshot_tags(changes["tags"])
     if "description" in changes:
         changed["description"] = check_description(changes["description"])
     if "expires_at" in changes:
@@ -74,6 +75,7 @@ def check_description(text: str | None) -> str | None:
             f"the description has {len(text)} characters, at most {MAX_DESCRIPTION} are allowed",
             field="description",
         )
+    check_encodable(text, what="the description")
     # It ends up on terminals, where an escape sequence is more than text.
     if any(unicodedata.category(letter) == "Cc" and letter not in "\n\t" for letter in text):
         raise InvalidRequest("the description has control characters", field="description")
@@ -81,7 +83,10 @@ def check_description(text: str | None) -> str | None:
 
 
 def _checked_expiry(context: Context, moment: datetime | None) -> datetime | None:
-    if moment is not None and moment <= context.now():
+    if moment is None:
+        return None
+    moment = to_utc(moment, what="expires_at", code="invalid_expires_at")
+    if moment <= context.now():
         raise InvalidRequest(
             "expires_at is in the past",
             code="invalid_expires_at",

@@ -196,7 +196,11 @@ class ExpandedImages:
             entry = file_entries(read_manifest(payload.manifest))[payload.memory.name]
             done = compression.expand(compressed, building, size=entry.size, cancelled=cancelled)
             if done is not None:
-                building.rename(image)
+                try:
+                    building.rename(image)
+                except BaseException:
+                    building.unlink(missing_ok=True)
+                    raise
 
         with storage_errors("expand the memory image"):
             check_free(self._context, await asyncio.to_thread(_data_bytes, compressed))

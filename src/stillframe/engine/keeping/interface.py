@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from stillframe.model.lineage import Lineage, Relative
@@ -109,6 +109,21 @@ class InstanceShare:
     cpu: int
     memory_bytes: int
     disk_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceUse:
+    """What the VMM of an instance takes, all zero while there is none.
+
+    ``network_bytes`` is what has gone through its network, both ways: zero without a network, and
+    None where it is not measured.
+    """
+
+    instance: Instance
+    cpu_seconds: float = 0.0
+    memory_resident_bytes: int = 0
+    memory_virtual_bytes: int = 0
+    network_bytes: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +241,18 @@ class KeepingInterface(Protocol):
     async def family(self, instance_id: str | None = None) -> list[Relative]:
         """Every snapshot and instance (or those related to one), each measured, oldest first."""
 
+    async def set_expiry(
+        self,
+        instance_id: str,
+        *,
+        expires_at: datetime | None = None,
+        lifetime: timedelta | None = None,
+    ) -> Instance:
+        """Change when an instance is deleted by itself; a lifetime of zero, or neither: never.
+
+        Raises NotFound, InvalidRequest, InvalidState (it is being made), Conflict (expired).
+        """
+
     def find_schedule(self, instance_id: str) -> Schedule:
         """The schedule of an instance. Raises NotFound when either is missing."""
 
@@ -246,6 +273,9 @@ class KeepingInterface(Protocol):
 
     async def resources(self) -> HostResources:
         """What the host has, and who has it."""
+
+    def instance_use(self, instance_id: str) -> InstanceUse:
+        """What the VMM of an instance takes. Raises NotFound, NotSupported (macOS)."""
 
     async def verify_snapshot(self, snapshot_id: str, depth: Depth) -> Verification:
         """Verify what is stored, locate damage, mark the snapshot by it. Raises NotFound."""

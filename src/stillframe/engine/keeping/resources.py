@@ -10,12 +10,15 @@ from stillframe.engine.keeping.interface import (
     DiskUse,
     HostResources,
     InstanceShare,
+    InstanceUse,
     SnapshotUse,
 )
 from stillframe.engine.keeping.quota import stored_bytes
 from stillframe.host import capacity
 from stillframe.host.extents import allocated_in
 from stillframe.host.files import available_bytes, storage_errors, total_bytes
+from stillframe.host.process import process_use
+from stillframe.model.errors import HostFailure
 from stillframe.model.values import Instance
 from stillframe.store.paths import DataDirectory
 
@@ -49,6 +52,26 @@ async def resources(context: Context) -> HostResources:
             min_free_bytes=settings.min_free_bytes,
         ),
         shares=shares,
+    )
+
+
+def instance_use(context: Context, instance_id: str) -> InstanceUse:
+    """What the VMM of an instance takes, as the kernel counts it. Raises NotFound, NotSupported."""
+    instance = context.instance(instance_id)
+    live = context.live.get(instance_id)
+    if live is None:
+        return InstanceUse(instance)
+    try:
+        use = process_use(live.machine.process)
+    except HostFailure:  # it ended just now
+        return InstanceUse(instance)
+    return InstanceUse(
+        instance,
+        cpu_seconds=use.cpu_seconds,
+        memory_resident_bytes=use.resident_bytes,
+        memory_virtual_bytes=use.virtual_bytes,
+        # The VMM's own network stack counts nothing.
+        network_bytes=None if instance.network_enabled else 0,
     )
 
 

@@ -1,4 +1,4 @@
-"""Schedules and expiry: one task that sleeps until something is due, and starts it.
+"""Schedules, and expiry of snapshots and instances: one task that sleeps until one of them is due.
 
 A run is taken by the same verb as people use. Its order makes a crash anywhere harmless:
 
@@ -17,16 +17,19 @@ goes back, the next run is set anew. Deletions go by the believed clock (``clock
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 from stillframe.engine.context import Context
 from stillframe.engine.keeping import retain
 from stillframe.engine.keeping.clock import PATIENCE, BelievedClock, steady_seconds
 from stillframe.engine.verbs import snapshot as taking
+from stillframe.engine.verbs import stop
 from stillframe.model.errors import (
     Conflict,
     InsufficientResources,
@@ -53,7 +56,7 @@ _LONGEST_SLEEP = (
     60.0  # seconds: how late a run may be after a leap of the clock, as in the contract
 )
 _SHORTEST_SLEEP = 0.5
-_AFTER_FAILURE = 60.0  # until something that could not even be begun is tried again
+_AFTER_FAILURE = 20.0  # until something that could not even be begun is tried again
 _KINDS = {
     InstanceState.RUNNING: SnapshotKind.STANDBY,
     InstanceState.STANDBY: SnapshotKind.STANDBY,
@@ -139,8 +142,18 @@ class Scheduler:
         Raises NotFound and what a snapshot raises, which the schedule records too.
         """
         self.find(instance_id)
-        async with self._turn:
+        async with self._turn_with(instance_id):
             return await self._run(self._begin(self.find(instance_id)))
+
+    @contextlib.asynccontextmanager
+    async def _turn_with(self, instance_id: str) -> AsyncIterator[None]:
+        """The turn, when no verb is at work on the instance: others do not wait for its end."""
+        while True:
+            await self._context.at_rest(instance_id)
+            async with self._turn:
+                if not self._context.held(instance_id):
+                    yield
+                    return
 
     # -- the task -----------------------------------------------------------------------------
     def start(self) -> None:
@@ -200,6 +213,11 @@ class Scheduler:
         for snapshot in list(records.snapshots.values()):
             if snapshot.expires_at is not None and not snapshot.pinned:
                 self._at(snapshot.id, snapshot.expires_at, believed, self._expire, waits)
+        for instance in list(records.instances.values()):
+            # One that is still being made is looked at again when it is.
+            if instance.expires_at is not None and instance.state is not InstanceState.CREATED:
+                end = partial(self._expire_instance, instance.id)
+                self._at(f"end of {instance.id}", instance.expires_at, believed, end, waits)
         if not waits:
             return None
         return min(max(min(waits).total_seconds(), _SHORTEST_SLEEP), _LONGEST_SLEEP)
@@ -249,6 +267,15 @@ class Scheduler:
             log.info("snapshot %s has expired", snapshot_id)
             await retain.delete_quietly(self._context, snapshot_id)
 
+    async def _expire_instance(self, instance_id: str, _: str) -> None:
+        def expired(instance: Instance) -> bool:
+            """Asked in its turn: what was under way before may have given it longer."""
+            return instance.expires_at is not None and instance.expires_at <= self.clock.read()
+
+        log.info("instance %s has come to its end", instance_id)
+        with contextlib.suppress(NotFound):  # somebody was faster
+            await stop.delete(self._context, instance_id, only_if=expired)
+
     async def _retain(self, instance_id: str) -> None:
         """Apply the retention of a schedule whose instance is gone; end it when all is done."""
         schedule = self._context.records.schedules.get(instance_id)
@@ -258,7 +285,7 @@ class Scheduler:
                 self._context.records.drop_schedule(instance_id)
 
     async def _run_due(self, instance_id: str) -> None:
-        async with self._turn:
+        async with self._turn_with(instance_id):
             schedule = self._context.records.schedules.get(instance_id)
             if schedule is None or schedule.paused or schedule.next_run_at > self._context.now():
                 return  # changed, or run by hand, while it waited for its turn

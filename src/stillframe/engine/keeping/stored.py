@@ -75,7 +75,7 @@ async def measure_anew(context: Context, snapshot_id: str, beside: str | None) -
     if known is not None:
         anew = replace(known, stored_bytes=size.stored, stored_beside=beside)
         if anew != known:
-            context.records.restate_snapshot(anew)
+            context.records.update_snapshot(anew, can_wait=True)  # it is as it is
 
 
 async def settle(context: Context) -> None:

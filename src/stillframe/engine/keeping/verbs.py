@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from datetime import datetime, timedelta
 
 from stillframe.engine.context import Context
 from stillframe.engine.interface import ForkRequest
-from stillframe.engine.keeping import edit, lineage, preview, resources, retain, verify
+from stillframe.engine.keeping import edit, expiry, lineage, preview, resources, retain, verify
 from stillframe.engine.keeping.interface import (
     Compatibility,
     DeletionPreview,
     ExportedArchive,
     HostResources,
+    InstanceUse,
     RetentionPlan,
     RunPreview,
     SnapshotChanges,
@@ -24,7 +26,7 @@ from stillframe.model.errors import InvalidRequest
 from stillframe.model.lineage import Lineage, Relative
 from stillframe.model.schedules import Schedule, ScheduleRequest
 from stillframe.model.states import InstanceState
-from stillframe.model.values import Hypervisor, Snapshot
+from stillframe.model.values import Hypervisor, Instance, Snapshot
 from stillframe.model.verification import Depth, Verification
 
 
@@ -105,6 +107,21 @@ class KeepingVerbs:
         """Every snapshot and instance (or those related to one), each measured, oldest first."""
         return await lineage.family(self.context, instance_id)
 
+    async def set_expiry(
+        self,
+        instance_id: str,
+        *,
+        expires_at: datetime | None = None,
+        lifetime: timedelta | None = None,
+    ) -> Instance:
+        """Change when an instance is deleted by itself."""
+        believed = self.scheduler.clock.read()
+        changed = await expiry.set_expiry(
+            self.context, instance_id, believed, expires_at=expires_at, lifetime=lifetime
+        )
+        self.scheduler.wake()
+        return changed
+
     def find_schedule(self, instance_id: str) -> Schedule:
         """The schedule of an instance."""
         return self.scheduler.find(instance_id)
@@ -119,7 +136,8 @@ class KeepingVerbs:
 
     async def run_schedule(self, instance_id: str) -> Schedule:
         """Take the schedule's snapshot now, then apply its retention."""
-        return await self.scheduler.run(instance_id)
+        with self.context.under_way():
+            return await self.scheduler.run(instance_id)
 
     async def explain_retention(self, instance_id: str) -> RetentionPlan:
         """What the schedule's retention would do now, and why."""
@@ -129,6 +147,10 @@ class KeepingVerbs:
     async def resources(self) -> HostResources:
         """What the host has, and who has it."""
         return await resources.resources(self.context)
+
+    def instance_use(self, instance_id: str) -> InstanceUse:
+        """What the VMM of an instance takes."""
+        return resources.instance_use(self.context, instance_id)
 
     async def verify_snapshot(self, snapshot_id: str, depth: Depth) -> Verification:
         """Verify what is stored, locate damage, mark the snapshot by it."""
@@ -158,11 +180,12 @@ class KeepingVerbs:
     ) -> Snapshot:
         """A new snapshot from the bytes of an archive; durable on return."""
         wishes = arrival.ImportWishes(name, allow_foreign, add_image)
-        if upload is not None:
-            return await self.uploads.take(upload, offset, chunks, wishes)
-        if offset:
-            raise InvalidRequest("an import at an offset must say of which upload")
-        return await arrival.import_snapshot(self.context, chunks, wishes)
+        with self.context.under_way():
+            if upload is not None:
+                return await self.uploads.take(upload, offset, chunks, wishes)
+            if offset:
+                raise InvalidRequest("an import at an offset must say of which upload")
+            return await arrival.import_snapshot(self.context, chunks, wishes)
 
     def upload_status(self, upload: str) -> UploadStatus:
         """How far such an import has come."""

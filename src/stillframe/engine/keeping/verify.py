@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from stillframe.engine.context import Context
-from stillframe.engine.keeping.steps import Steps
+from stillframe.engine.steps import Steps
 from stillframe.host.files import storage_errors
 from stillframe.model.errors import DamagedData, NotFound
 from stillframe.model.values import Snapshot
@@ -58,7 +58,8 @@ def _mark(context: Context, snapshot: Snapshot, found: Verification) -> None:
     if damaged is None and found.depth is not Depth.FULL:
         return  # what was not read may be as damaged as before
     if damaged != snapshot.damaged:
-        context.records.update_snapshot(replace(snapshot, damaged=damaged))
+        # The finding stands, whether or not it can be written down now.
+        context.records.update_snapshot(replace(snapshot, damaged=damaged), can_wait=True)
 
 
 def describe(found: Verification) -> str | None:

@@ -18,9 +18,9 @@ from stillframe.engine.keeping.edit import check_description
 from stillframe.engine.settings import EngineSettings
 from stillframe.engine.verbs.create import check_command_text, check_environment
 from stillframe.model.errors import DamagedData, InvalidRequest
-from stillframe.model.schedules import INSTANCE_TAG, SCHEDULED_TAG
+from stillframe.model.schedules import INSTANCE_TAG, SCHEDULED_TAG, check_snapshot_tags
 from stillframe.model.states import InstanceState
-from stillframe.model.units import MIB, check_name, check_tags, is_id
+from stillframe.model.units import MIB, check_name, check_tags, is_id, to_utc
 from stillframe.model.values import CompressionState, Instance, Snapshot, SnapshotKind
 from stillframe.store.manifest import FileEntry, file_entries
 from stillframe.store.records import from_json
@@ -57,6 +57,7 @@ def snapshot_told(
     tags = {k: v for k, v in told.tags.items() if k not in (SCHEDULED_TAG, INSTANCE_TAG)}
     return replace(
         told,
+        created_at=to_utc(told.created_at, what="created_at"),
         tags=tags,
         template=template,
         size_bytes=0,
@@ -80,12 +81,12 @@ def _check_words(told: Snapshot) -> None:
     if told.name is not None:
         check_name(told.name, what="snapshot name")
     check_name(told.source_instance_name)
-    check_tags(told.tags)
+    check_snapshot_tags(told.tags)
     check_description(told.description)
     ids = (told.source_instance_id, told.parent_snapshot_id)
     good = all(identifier is None or is_id(identifier) for identifier in ids)
-    if not good or told.created_at.tzinfo is None:
-        raise _refused("it tells an id or a time that cannot be")
+    if not good:
+        raise _refused("it tells an id that cannot be")
     if told.pause_ms is not None and not (math.isfinite(told.pause_ms) and told.pause_ms >= 0):
         raise _refused("it tells a pause that cannot be")
 
@@ -108,7 +109,6 @@ def _template(context: Context, told: Snapshot, manifest: Mapping[str, Any]) -> 
         and _DIGEST.fullmatch(template.image_digest)
         and _PAIR.fullmatch(template.boot)
         and template.hypervisor is told.source_hypervisor
-        and template.created_at.tzinfo is not None
     )
     if not good:
         raise _refused("it tells of an instance that cannot be")
@@ -118,6 +118,7 @@ def _template(context: Context, told: Snapshot, manifest: Mapping[str, Any]) -> 
     return replace(
         template,
         state=InstanceState.STANDBY if standby else InstanceState.STOPPED,
+        created_at=to_utc(template.created_at, what="created_at"),
         process=None,
         state_error=None,
         started_at=None,
@@ -129,6 +130,9 @@ def _template(context: Context, told: Snapshot, manifest: Mapping[str, Any]) -> 
         timings_ms={},
         resumed_at=None,
         head_snapshot_id=None,
+        standby_compression=None,
+        standby_compression_at=None,
+        expires_at=None,
     )
 
 

@@ -16,9 +16,9 @@ from typing import Self
 
 from stillframe.engine.context import Context
 from stillframe.engine.keeping.quota import EXPECTED, check_room, check_space
-from stillframe.engine.keeping.steps import Steps
 from stillframe.engine.moving.about import snapshot_told
 from stillframe.engine.moving.compatibility import machine_reasons
+from stillframe.engine.steps import Steps
 from stillframe.host.files import fsync_directory, remove_tree, storage_errors
 from stillframe.images.boot import adopt_boot_pair
 from stillframe.model.errors import (

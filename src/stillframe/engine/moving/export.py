@@ -12,9 +12,9 @@ from blake3 import blake3
 
 import stillframe
 from stillframe.engine.context import Context
-from stillframe.engine.keeping.steps import Steps
 from stillframe.engine.keeping.stored import payload_beside
 from stillframe.engine.keeping.verify import refuse_damaged
+from stillframe.engine.steps import Steps
 from stillframe.host.files import storage_errors
 from stillframe.images.boot import load_boot_pair
 from stillframe.model.errors import Conflict, InvalidRequest, MissingComponent
@@ -141,7 +141,8 @@ async def _with_digests(context: Context, snapshot: Snapshot) -> Snapshot:
     known = context.records.snapshots.get(snapshot.id)
     if size is None or known is None:  # deleted meanwhile: what is open goes out all the same
         return snapshot
-    context.records.update_snapshot(replace(known, size_bytes=size.size, stored_bytes=size.stored))
+    measured = replace(known, size_bytes=size.size, stored_bytes=size.stored)
+    context.records.update_snapshot(measured, can_wait=True)
     return context.snapshot(snapshot.id)
 
 

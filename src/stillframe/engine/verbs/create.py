@@ -10,6 +10,7 @@ from pathlib import Path
 
 from stillframe.engine.context import Context, Phases
 from stillframe.engine.interface import CreateRequest
+from stillframe.engine.keeping.expiry import deadline
 from stillframe.engine.machines import boot_and_commit, clear_remains
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import available_bytes, remove_tree, storage_errors
@@ -22,7 +23,7 @@ from stillframe.model.errors import (
     StillframeError,
 )
 from stillframe.model.states import InstanceState, Permission, Verb, permission
-from stillframe.model.units import MIB, check_name, check_tags, format_size
+from stillframe.model.units import MIB, check_encodable, check_name, check_tags, format_size
 from stillframe.model.values import Hypervisor, Image, Instance
 from stillframe.store.records import Intent
 
@@ -38,9 +39,12 @@ async def create(context: Context, request: CreateRequest) -> Instance:
     StorageFull, VmmFailure; then nothing of it is left.
     """
     wanted = _checked(context, request)
-    await context.available_driver(wanted.hypervisor)
+    await context.available_driver(context.offered(wanted.hypervisor))
     image = await context.images.ensure(request.image, platform=request.platform)
-    instance = replace(wanted, image_digest=image.digest, platform=image.platform)
+    expires_at = deadline(context, request.expires_at, request.lifetime)  # not before the pull
+    instance = replace(
+        wanted, image_digest=image.digest, platform=image.platform, expires_at=expires_at
+    )
     _check_command(instance, image)
     if context.records.instance_by_name(request.name) is not None:  # taken while we pulled
         raise _name_taken(request.name)
@@ -77,6 +81,7 @@ def _checked(context: Context, request: CreateRequest) -> Instance:
         raise InvalidRequest(
             f"vcpus must be 1 to {settings.max_vcpus}, not {vcpus}", limit=settings.max_vcpus
         )
+    deadline(context, request.expires_at, request.lifetime)
     check_environment(request.env)
     check_command_text(request.entrypoint, request.cmd)
     if memory > _host_memory():
@@ -123,6 +128,7 @@ def _check_range(what: str, value: int, low: int, high: int, code: str) -> None:
 def check_environment(env: Mapping[str, str] | None) -> None:
     """Raises InvalidRequest for a variable that no process could be given."""
     for key, value in (env or {}).items():
+        check_encodable(key + value, what="an environment variable")
         if not key or "=" in key or "\0" in key + value:
             raise InvalidRequest(f"invalid environment variable {key[:40]!r}")
 
@@ -130,6 +136,7 @@ def check_environment(env: Mapping[str, str] | None) -> None:
 def check_command_text(entrypoint: Sequence[str] | None, cmd: Sequence[str] | None) -> None:
     """Raises InvalidRequest for a command that no process could be given."""
     parts = [*(entrypoint or ()), *(cmd or ())]
+    check_encodable("".join(parts), what="the command")
     if any("\0" in part for part in parts):
         raise InvalidRequest("a command cannot contain NUL")
 

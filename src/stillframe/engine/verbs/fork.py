@@ -83,7 +83,7 @@ async def target_hypervisor_of(
             "target_hypervisor is only possible for Stopped snapshots",
             hint="memory can only run under the hypervisor that captured it",
         )
-    await context.available_driver(wanted)
+    await context.available_driver(context.offered(wanted))
     return wanted
 
 
@@ -275,6 +275,7 @@ def child_of(
         exit_code=None,
         exit_message=None,
         state_error=None,
+        expires_at=None,
         timings_ms={},
         resumed_at=None,
         parent_snapshot_id=source.snapshot_id or template.parent_snapshot_id,

@@ -167,7 +167,10 @@ async def _settle(context: Context, instance: Instance) -> None:
 async def _adopt(context: Context, instance: Instance) -> None:
     if instance.process is None:
         raise StillframeError("it has no process")
-    driver, _ = await context.available_driver(instance.hypervisor)
+    # Not only if the hypervisor can start guests here by now: this one runs already.
+    driver = context.drivers.get(instance.hypervisor)
+    if driver is None:
+        raise StillframeError(f"there is no driver for {instance.hypervisor.value}")
     machine = await driver.adopt(instance.process, await resources_of(context, instance))
     live = attach(context, instance, machine)
     if await machine.status() is MachineStatus.PAUSED:  # the server died while it stood still

@@ -91,6 +91,7 @@ def _restored(instance: Instance, snapshot: Snapshot, template: Instance) -> Ins
         id=instance.id,
         name=instance.name,
         created_at=instance.created_at,
+        expires_at=instance.expires_at,
         phase_since=instance.phase_since,
         phase_durations_ms=instance.phase_durations_ms,
         process=None,

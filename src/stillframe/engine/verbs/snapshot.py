@@ -1,4 +1,4 @@
-"""Snapshots: create, list, delete. A Running source stays Running."""
+"""Snapshots: create and delete. A Running source stays Running."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from stillframe.engine.keeping.stored import measure_heirs, measured, nearest_li
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import clone, remove_tree, storage_errors
 from stillframe.model.errors import Conflict, InvalidRequest, NameConflict
+from stillframe.model.schedules import check_snapshot_tags
 from stillframe.model.states import InstanceState, Verb, permission
-from stillframe.model.units import check_name, check_tags
+from stillframe.model.units import check_name
 from stillframe.model.values import (
     CompressionConfig,
     Instance,
@@ -45,7 +46,7 @@ async def snapshot(
     """
     if name is not None:
         check_name(name, what="snapshot name")
-    tags = check_tags(tags)
+    tags = check_snapshot_tags(tags)
     if kind is SnapshotKind.STOPPED and compression is not None and compression.enabled:
         raise InvalidRequest("a Stopped snapshot has no memory to compress")
     async with context.exclusive(instance_id, "snapshot") as instance:
@@ -182,4 +183,4 @@ async def delete_snapshot(context: Context, snapshot_id: str) -> None:
     await measure_heirs(context, snapshot_id, nearest_living(context, beside))
     context.records.fulfil(subject)
     context.expanded.sweep()  # it may have had the last link of an image
-    context.compressor.space_freed()
+    context.space_freed()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 from stillframe.engine.context import Context, LiveInstance
 from stillframe.engine.machines import clear_remains, dial, end, exit_of
@@ -45,35 +46,55 @@ async def shut_down(context: Context, instance: Instance, grace: float) -> None:
     if live is None:
         return
     live.ending = True
-    if instance.state in (InstanceState.RUNNING, InstanceState.INITIALIZING):
+    running = instance.state is InstanceState.RUNNING
+    if running or instance.state is InstanceState.INITIALIZING:
+        grace = grace if running else _POWER_BUTTON_GRACE
         with contextlib.suppress(StillframeError, TimeoutError):
-            await _ask(context, instance, live, grace)
+            async with asyncio.timeout(grace + 1):
+                await _ask_to_end(live, grace, agent=running)
     await end(context, instance.id)
 
 
-async def _ask(context: Context, instance: Instance, live: LiveInstance, grace: float) -> None:
+async def _ask_to_end(live: LiveInstance, grace: float, *, agent: bool) -> None:
+    """Have the guest shut itself down, by its agent or the power button; return when it is gone.
+
+    Nothing says that it ever will, nor that it answers. Raises GuestFailure, VmmFailure.
+    """
     gone = asyncio.ensure_future(live.machine.wait_exit())
+    asked = asyncio.ensure_future(_by_agent(live, grace) if agent else live.machine.power_button())
     try:
-        if instance.state is InstanceState.RUNNING:
-            connection = await dial(live, 1.5)
-            # The VMM may go before the answer comes: whichever is first will do.
-            await shutdown(connection, grace_ms=int(grace * 1000))
-        else:
-            await live.machine.power_button()
-            grace = _POWER_BUTTON_GRACE
-        await asyncio.wait([gone], timeout=grace + 1)
+        # The VMM may go before the answer comes.
+        await asyncio.wait([gone, asked], return_when=asyncio.FIRST_COMPLETED)
+        if not gone.done():
+            asked.result()
+            await gone
     finally:
         gone.cancel()
-        await asyncio.wait([gone])
+        asked.cancel()
+        await asyncio.gather(gone, asked, return_exceptions=True)
 
 
-async def delete(context: Context, instance_id: str, *, graceful: bool = True) -> None:
+async def _by_agent(live: LiveInstance, grace: float) -> None:
+    connection = await dial(live, grace)
+    await shutdown(connection, grace_ms=int(grace * 1000))
+
+
+async def delete(
+    context: Context,
+    instance_id: str,
+    *,
+    graceful: bool = True,
+    only_if: Callable[[Instance], bool] = lambda _: True,
+) -> None:
     """End the instance and remove all of it; snapshots stay.
 
+    ``only_if`` is asked when nobody else is at work on the instance: without it nothing is done.
     Raises NotFound; VmmFailure when its process cannot be ended (then nothing was removed);
     HostFailure when its files cannot (then it is Stopped; the next try or start removes it).
     """
     async with context.exclusive(instance_id, "delete") as instance:
+        if not only_if(instance):
+            return
         await context.compressor.cancel(instance_id)
         with contextlib.ExitStack() as undo:
             if instance_id not in context.records.intents:
@@ -98,4 +119,4 @@ async def _remove(context: Context, instance: Instance) -> None:
         context.witness(stopped, note=reason)
         raise
     context.forget(instance.id)
-    context.compressor.space_freed()
+    context.space_freed()

@@ -10,10 +10,10 @@ the next snapshot, cloud-hypervisor issue 8525), cannot be expressed here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stillframe.vmm.driver import MachineSpec
+from stillframe.vmm.driver import GUEST_MAC, MachineSpec
 from stillframe.vmm.unix_http import Call
 from stillframe.vmm.vsock import GUEST_CID
 
@@ -29,14 +29,13 @@ def configuration(
     disks: Sequence[tuple[str, bool]],
     initrd: bool,
     tap: str | None = None,
-    mac: str | None = None,
+    mac: str = GUEST_MAC,
     confined: bool = False,
 ) -> dict[str, Any]:
     """A VM as ``VmConfig``, which is what it is booted with and what it is restored with.
 
     ``disks`` are paths, and whether each is read-only; ``tap`` is a network device of the host,
-    ``mac`` the guest's address on it (None has Cloud Hypervisor choose one); ``confined`` has it
-    give up all other files, by Landlock.
+    ``mac`` the guest's address on it; ``confined`` has it give up all other files, by Landlock.
     """
     payload = {"kernel": KERNEL, "cmdline": arguments}
     if initrd:
@@ -53,17 +52,11 @@ def configuration(
         "vsock": {"id": "vsock", "cid": GUEST_CID, "socket": VSOCK},
     }
     if tap is not None:
-        config["net"] = [{"id": "net", "tap": tap, **({} if mac is None else {"mac": mac})}]
+        config["net"] = [{"id": "net", "tap": tap, "mac": mac}]
     if confined:
-        config |= {"landlock_enable": True, "landlock_rules": list(_rules(tap))}
+        # What may be opened that the configuration does not name.
+        config |= {"landlock_enable": True, "landlock_rules": [{"path": ".", "access": "rw"}]}
     return config
-
-
-def _rules(tap: str | None) -> Iterator[dict[str, str]]:
-    """What may be opened that the configuration does not name: the VM's directory, a tap's type."""
-    yield {"path": ".", "access": "rw"}
-    if tap is not None:
-        yield {"path": f"/sys/class/net/{tap}", "access": "r"}
 
 
 def _zone(spec: MachineSpec) -> dict[str, Any]:

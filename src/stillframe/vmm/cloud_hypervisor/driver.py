@@ -23,12 +23,7 @@ from stillframe.host.files import remove_tree, storage_errors
 from stillframe.host.probes import landlock_version
 from stillframe.host.process import Process, adopt, run, spawn
 from stillframe.host.sockets import bind_unix
-from stillframe.model.errors import (
-    HostFailure,
-    MissingComponent,
-    NotSupported,
-    VmmFailure,
-)
+from stillframe.model.errors import HostFailure, MissingComponent, VmmFailure
 from stillframe.model.values import Hypervisor, ProcessIdentity
 from stillframe.vmm.cloud_hypervisor import api
 from stillframe.vmm.cloud_hypervisor.machine import (
@@ -39,9 +34,16 @@ from stillframe.vmm.cloud_hypervisor.machine import (
     clear,
 )
 from stillframe.vmm.cloud_hypervisor.state import SavedState
-from stillframe.vmm.driver import DriverProbe, MachineResources, MachineSpec, check_shape
+from stillframe.vmm.driver import (
+    GUEST_MAC,
+    DriverProbe,
+    MachineResources,
+    MachineSpec,
+    check_shape,
+)
+from stillframe.vmm.isolation.command import TAP, apart, check_launch, find_uplink
 from stillframe.vmm.kvm import kvm_reason
-from stillframe.vmm.logs import explained
+from stillframe.vmm.logs import explained, log_size
 from stillframe.vmm.names import give_names, remove_names
 from stillframe.vmm.probing import FEATURES, ProbeOnce
 from stillframe.vmm.versions import Version, refuse_known_bad
@@ -103,32 +105,30 @@ class CloudHypervisorDriver:
             raise MissingComponent(
                 f"Cloud Hypervisor is not available: {probe.reason}", hint=probe.hint
             )
-        if spec.network and resources.tap is None:
-            raise NotSupported(
-                "Cloud Hypervisor has no network without a tap device of the host",
-                hint="turn the instance's network off, or use qemu",
-            )
+        uplink = find_uplink() if spec.network else None
         check_shape(spec, resources.memory_image)
-        directory = resources.directory
+        directory, logged = resources.directory, log_size(resources.vmm_log)
         async with contextlib.AsyncExitStack() as undo:
             clear(directory)
             undo.callback(clear, directory)
             disks = give_names(resources, _others(resources))
-            process = await asyncio.to_thread(self._spawn, resources)
+            process = await asyncio.to_thread(self._spawn, resources, uplink)
             undo.push_async_callback(process.kill)
             machine = CloudHypervisorMachine(process, resources)
             undo.push_async_callback(machine.kill)
             try:
                 await configure(machine, spec, resources, disks)
             except VmmFailure as error:
+                check_launch(resources.vmm_log, logged)
                 raise explained(error, resources.vmm_log) from error
             remove_names(directory, sockets=False)
             undo.pop_all()
         return machine
 
-    def _spawn(self, resources: MachineResources) -> Process:
+    def _spawn(self, resources: MachineResources, uplink: str | None) -> Process:
         """Bind first, pass the descriptor: nobody waits for a socket to appear.
 
+        With an ``uplink`` it starts in a network of its own, else in ours and without a launcher.
         The absolute name of a file on the command line is how a VMM is found that nobody has a
         record of (``host/orphans.py``).
         """
@@ -137,12 +137,13 @@ class CloudHypervisorDriver:
             listener = bind_unix(resources.directory / API)
         except OSError as error:
             raise HostFailure(f"the VM's socket cannot be made: {error.strerror}") from error
+        arguments = ["--api-socket", f"fd={listener.fileno()}", "--event-monitor", events]
+        command = [self._binary, *arguments]
+        if uplink is not None:
+            command = apart(self._binary, self._binary, arguments, uplink=uplink)
         with listener:
             return spawn(
-                [
-                    self._binary, "--api-socket", f"fd={listener.fileno()}",
-                    "--event-monitor", events,
-                ],
+                command,
                 output=resources.vmm_log,
                 standard_output=resources.console_log,
                 pass_fds=[listener.fileno()],
@@ -202,7 +203,7 @@ def _configuration(
         arguments=f"{resources.kernel_arguments} {AGENT_ARGUMENT}",
         disks=list(zip(disks, readonly, strict=True)),
         initrd=resources.initrd != _NONE,
-        tap=resources.tap,
-        mac=mac,
+        tap=TAP if spec.network else None,
+        mac=mac or GUEST_MAC,
         confined=landlock_version() >= _LANDLOCK,
     )

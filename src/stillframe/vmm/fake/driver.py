@@ -43,6 +43,7 @@ class FakeMachine(NoDiskCopies):
         """Use ``open`` before anything else."""
         self.process: ProcessIdentity = process.identity
         self.shutdown_reason: str | None = None
+        self.lacks_space = asyncio.Event()
         self.writes_memory = False
         self._process = process
         self._directory = directory
@@ -109,6 +110,7 @@ class FakeMachine(NoDiskCopies):
     async def resume(self) -> None:
         """Let the guest run (on)."""
         await self._ask("resume")
+        self.lacks_space.clear()
 
     async def save_devices(self, destination: Path, memory: Path | None = None) -> None:
         """Write the spec as device state, of a paused guest, to a new file."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stillframe.vmm.driver import MachineSpec
+from stillframe.vmm.driver import GUEST_MAC, MachineSpec
 from stillframe.vmm.unix_http import Call
 from stillframe.vmm.vsock import GUEST_CID
 
@@ -94,7 +94,11 @@ def entropy() -> Call:
 
 def network(tap: str, *, download: RateLimit | None, upload: RateLimit | None) -> Call:
     """The network device, by a tap device of the host. ``download`` is what the guest receives."""
-    body: dict[str, Any] = {"iface_id": NETWORK_INTERFACE, "host_dev_name": tap}
+    body: dict[str, Any] = {
+        "iface_id": NETWORK_INTERFACE,
+        "host_dev_name": tap,
+        "guest_mac": GUEST_MAC,
+    }
     for name, limit in (("rx_rate_limiter", download), ("tx_rate_limiter", upload)):
         if limit is not None:
             body[name] = {"bandwidth": limit.body()}
@@ -156,7 +160,7 @@ def load_snapshot(
 ) -> Call:
     """Load a snapshot and stand still; ``memory`` is mapped privately, so that forks share it.
 
-    ``taps`` are host devices by interface, where they differ from the snapshot's. Dirty pages are
+    ``taps`` are host devices by interface, whatever names the snapshot has. Dirty pages are
     tracked, so that a later ``diff`` is small. What a version cannot do is not asked of it.
     """
     body: dict[str, Any] = {

@@ -21,20 +21,21 @@ from stillframe.host.process import Process, adopt, run, spawn
 from stillframe.host.programs import find_program
 from stillframe.host.sockets import connect_socket
 from stillframe.host.watch import file_changes
-from stillframe.model.errors import (
-    HostFailure,
-    MissingComponent,
-    NotSupported,
-    VmmFailure,
-)
+from stillframe.model.errors import HostFailure, MissingComponent, VmmFailure
 from stillframe.model.values import Hypervisor, ProcessIdentity
 from stillframe.vmm.driver import DriverProbe, MachineResources, MachineSpec, check_shape
 from stillframe.vmm.firecracker import api
 from stillframe.vmm.firecracker.isolation import Seen, SharedDirectory, confined
 from stillframe.vmm.firecracker.machine import FirecrackerMachine
 from stillframe.vmm.firecracker.probe import kvm_refusal
+from stillframe.vmm.isolation.command import (
+    TAP,
+    USER_NAMESPACES,
+    check_launch,
+    find_uplink,
+)
 from stillframe.vmm.kernel import uncompressed_kernel
-from stillframe.vmm.logs import explained
+from stillframe.vmm.logs import explained, log_size
 from stillframe.vmm.probing import FEATURES, ProbeOnce
 from stillframe.vmm.unix_http import Call
 from stillframe.vmm.versions import refuse_known_bad
@@ -100,18 +101,17 @@ class FirecrackerDriver:
         probe = await self.probe()
         if self._version is None:
             raise MissingComponent(f"Firecracker is not available: {probe.reason}", hint=probe.hint)
-        if spec.network and resources.tap is None:
-            raise NotSupported(
-                "Firecracker has no network without a tap device of the host",
-                hint="turn the instance's network off, or use qemu",
-            )
+        uplink = find_uplink() if spec.network else None
         check_shape(spec, resources.memory_image)
+        logged = log_size(resources.vmm_log)
         shared = SharedDirectory(resources.directory)
         async with contextlib.AsyncExitStack() as undo:
             undo.callback(_remove, shared)
             await asyncio.to_thread(shared.make)
             seen = await asyncio.to_thread(_seen, resources)
-            process = await asyncio.to_thread(_spawn, self._binary, spec, resources, shared, seen)
+            process = await asyncio.to_thread(
+                _spawn, self._binary, spec, resources, shared, seen, uplink=uplink
+            )
             undo.push_async_callback(process.kill)
             try:
                 await _until_listening(process, shared)
@@ -119,6 +119,7 @@ class FirecrackerDriver:
                 undo.push_async_callback(machine.kill)
                 await _configure(machine, self._version, spec, resources)
             except VmmFailure as error:
+                check_launch(resources.vmm_log, logged)
                 raise explained(error, shared.log, resources.vmm_log, once_more=True) from error
             undo.pop_all()
         return machine
@@ -170,11 +171,7 @@ async def _version_of(binary: str) -> api.Version:
         done = await run(command, timeout=30, check=False)
     words = done.stderr.decode(errors="replace").strip()
     if done.returncode != 0 and "no private file tree" in words:
-        raise MissingComponent(
-            f"Firecracker cannot be confined: {words}",
-            hint="run the server as root, or allow user namespaces (user_namespaces(7)); on Ubuntu "
-            "set kernel.apparmor_restrict_unprivileged_userns to 0",
-        )
+        raise MissingComponent(f"Firecracker cannot be confined: {words}", hint=USER_NAMESPACES)
     match = _VERSION.search(done.stdout)
     if match is None:
         raise MissingComponent(f"{binary} does not tell its version ({words or 'no message'})")
@@ -210,12 +207,14 @@ def _spawn(
     resources: MachineResources,
     shared: SharedDirectory,
     seen: list[Seen],
+    *,
+    uplink: str | None,
 ) -> Process:
     arguments = ["--api-sock", shared.API, "--log-path", shared.LOG, "--level", "Info"]
     command = confined(
         binary, arguments, shared.path, seen,
         scratch_bytes=spec.memory_bytes + _SCRATCH_RESERVE,
-        console=resources.console_log, network=resources.tap is not None,
+        console=resources.console_log, uplink=uplink,
     )  # fmt: skip
     return spawn(command, output=resources.vmm_log)
 
@@ -231,7 +230,7 @@ async def _configure(
         for call in _boot_calls(spec, resources):
             await machine.call(call)
         return
-    taps = {} if resources.tap is None else {api.NETWORK_INTERFACE: resources.tap}
+    taps = {api.NETWORK_INTERFACE: TAP} if spec.network else {}
     await machine.call(
         api.load_snapshot(version, _LOADED, _IMAGE, vsock_path=SharedDirectory.AGENT, taps=taps)
     )
@@ -252,9 +251,9 @@ def _boot_calls(spec: MachineSpec, resources: MachineResources) -> Iterator[Call
     for index, disk in enumerate(resources.disks):
         bandwidth = api.RateLimit.per_second(limits.disk)
         yield api.drive(index, f"/disk{index}", readonly=disk.readonly, bandwidth=bandwidth)
-    if resources.tap is not None:
+    if spec.network:
         yield api.network(
-            resources.tap,
+            TAP,
             download=api.RateLimit.per_second(limits.download),
             upload=api.RateLimit.per_second(limits.upload),
         )

@@ -1,7 +1,7 @@
 """The private file tree of one Firecracker: which files it sees, under which names.
 
 The names inside (``/memory``, ``/disk0`` ...) are the same in every VM. ``/run`` is a directory of
-the VM that host and VMM share: sockets, and what a snapshot writes. ``jail.py`` makes the tree.
+the VM that host and VMM share: sockets, and what a snapshot writes. ``vmm/isolation`` makes it.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 import contextlib
 import shutil
 import struct
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from stillframe.model.errors import HostFailure
+from stillframe.vmm.isolation.command import apart
 
-_LAUNCHER = Path(__file__).with_name("jail.py")
 _PROBE_SCRATCH = 1 << 20  # bytes
 _PROGRAM_INTERPRETER = 3  # PT_INTERP, elf(5)
 # What a dynamically linked VMM needs; the official one is static. Of a merged /usr the others are
 # symbolic links.
 _LIBRARIES = ("/usr", "/lib", "/lib64")
-_DEVICES = ("/dev/kvm", "/dev/net/tun", "/dev/urandom", "/dev/null")
+_DEVICES = ("/dev/kvm", "/dev/urandom", "/dev/null")
+_NETWORK_DEVICES = ("/dev/net/tun",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,30 +78,30 @@ def confined(
     *,
     scratch_bytes: int = _PROBE_SCRATCH,
     console: Path | None = None,
-    network: bool = False,
+    uplink: str | None = None,
 ) -> list[str]:
     """The command that runs ``binary`` with ``arguments`` in a file tree of its own.
 
     It sees ``files``, the devices a VMM needs, ``shared`` as ``/run``, and a ``/scratch`` in memory
-    of at most ``scratch_bytes``. Its standard output is appended to ``console``. The process
-    carries the VM's directory in its name, by which it is found when nobody knows its pid any more.
+    of at most ``scratch_bytes``. Its standard output is appended to ``console``. With ``uplink`` it
+    has a network of its own too (``vmm/isolation``). The process carries the VM's directory in its
+    name, by which it is found when nobody knows its pid any more.
     """
+    devices = _DEVICES + (_NETWORK_DEVICES if uplink else ())
     inside = [Seen("/vmm", Path(binary)), *files]
-    inside += [Seen(name, Path(name), readonly=False) for name in _DEVICES if Path(name).exists()]
-    entries = []
+    inside += [Seen(name, Path(name), readonly=False) for name in devices if Path(name).exists()]
+    tree = ["tree", str(shared), str(scratch_bytes)]
     for library in map(Path, _LIBRARIES if _is_dynamic(Path(binary)) else ()):
         if library.is_symlink():
-            entries += ["link", str(library), str(library.readlink())]
+            tree += ["link", str(library), str(library.readlink())]
         elif library.is_dir():
             inside.append(Seen(str(library), library))
     for seen in inside:
-        entries += ["ro" if seen.readonly else "rw", seen.name, str(seen.path)]
-    return [
-        # Isolated and without site packages the interpreter starts in half the time.
-        sys.executable, "-I", "-S", str(_LAUNCHER),
-        str(shared), str(scratch_bytes), "" if console is None else str(console),
-        "1" if network else "0", *entries, "--", f"{shared.parent}/firecracker", *arguments,
-    ]  # fmt: skip
+        tree += ["ro" if seen.readonly else "rw", seen.name, str(seen.path)]
+    return apart(
+        "/vmm", f"{shared.parent}/firecracker", arguments,
+        uplink=uplink, console=console, tree=tree,
+    )  # fmt: skip
 
 
 def _is_dynamic(binary: Path) -> bool:

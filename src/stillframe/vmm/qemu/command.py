@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stillframe.host.capacity import processor
-from stillframe.vmm.driver import MachineResources, MachineSpec
+from stillframe.vmm.driver import GUEST_MAC, MachineResources, MachineSpec
 from stillframe.vmm.qemu.boards import (
     AGENT_SLOT,
     FIRST_DISK_SLOT,
@@ -21,7 +21,6 @@ from stillframe.vmm.qemu.boards import (
 )
 
 AGENT_PORT = "org.stillframe.agent"
-_MAC = "52:54:00:12:34:56"
 # (major, minor) of the first QEMU that can map memory from a file it may only read.
 _READONLY_MEMORY = (8, 2)
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -107,7 +106,7 @@ def command_line(
     if spec.network:
         arguments += [
             "-netdev", "user,id=net0,ipv6=off",
-            "-device", board.virtio(spec, "net", NETWORK_SLOT, f"netdev=net0,mac={_MAC}"),
+            "-device", board.virtio(spec, "net", NETWORK_SLOT, f"netdev=net0,mac={GUEST_MAC}"),
         ]  # fmt: skip
     arguments += _disks(board, spec, resources)
     if resources.device_state is not None:

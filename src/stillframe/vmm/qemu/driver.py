@@ -1,4 +1,4 @@
-"""QEMU (6.2 to 10) on q35 and microvm: every guest is a private mapping of its memory image.
+"""QEMU (6.2 or newer) on q35 and microvm: every guest is a private mapping of its memory image.
 
 Saving devices without RAM is the QAPI command ``xen-save-devices-state`` (generic despite its
 name); loading them is an ordinary incoming migration whose stream simply has no RAM section.
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from stillframe.host.files import atomic_write
-from stillframe.host.probes import kvm_works
+from stillframe.host.probes import kvm_hindrance, kvm_works
 from stillframe.host.process import Process, adopt, run, spawn
 from stillframe.host.sockets import bind_unix, connect_socket, connect_unix
 from stillframe.model.errors import HostFailure, MissingComponent, VmmFailure
@@ -38,13 +40,16 @@ from stillframe.vmm.qemu.qmp import Event, QmpConnection
 from stillframe.vmm.tracking import tracking_environment
 from stillframe.vmm.versions import refuse_known_bad
 
+log = logging.getLogger("stillframe.qemu")
 _LOAD_DEADLINE = 60.0  # seconds
+_FAILURE_KEPT = 3600.0  # seconds that it is remembered that KVM runs no guests
 _STATUS = {
     "running": MachineStatus.RUNNING,
     "paused": MachineStatus.PAUSED,
     "prelaunch": MachineStatus.PAUSED,
     "postmigrate": MachineStatus.PAUSED,
     "save-vm": MachineStatus.PAUSED,
+    "io-error": MachineStatus.PAUSED,
     "shutdown": MachineStatus.SHUTDOWN,
     "guest-panicked": MachineStatus.SHUTDOWN,
 }
@@ -78,6 +83,7 @@ class QemuMachine:
         """Use ``open`` before anything else."""
         self.process: ProcessIdentity = process.identity
         self.shutdown_reason: str | None = None
+        self.lacks_space = asyncio.Event()
         self.writes_memory = False
         self._process = process
         self._sockets = sockets
@@ -93,6 +99,11 @@ class QemuMachine:
         match event["event"]:
             case "SHUTDOWN":
                 self.shutdown_reason = event["data"]["reason"]
+            case "BLOCK_IO_ERROR" if event["data"].get("nospace"):
+                if event["data"]["action"] == "stop":
+                    self.lacks_space.set()
+            case "RESUME":
+                self.lacks_space.clear()
             case "BLOCK_JOB_COMPLETED":
                 self._copies.completed(event["data"])
             case "MIGRATION" if not self._loaded.done():
@@ -198,7 +209,7 @@ class QemuDriver:
         tracker: Path | None = None,
         hypervisor: Hypervisor = Hypervisor.QEMU,
     ) -> None:
-        """``accelerator``: auto, kvm or tcg; ``cache_dir`` remembers what a probe found.
+        """``accelerator``: auto, kvm or tcg; ``cache_dir`` keeps what a probe found for a while.
 
         ``tracker`` is the library that has writes to guest memory tracked, if there is one;
         ``hypervisor`` names the machine: ``qemu`` is q35, ``qemu-microvm`` microvm.
@@ -211,6 +222,7 @@ class QemuDriver:
         self._cache_dir = cache_dir
         self._probed = ProbeOnce(hypervisor, self._look)
         self._build: QemuBuild | None = None
+        self._against_kvm: str | None = None
 
     async def probe(self) -> DriverProbe:
         """Find the binary, its version and an accelerator that really runs guests."""
@@ -219,8 +231,9 @@ class QemuDriver:
     async def _look(self) -> DriverProbe:
         build = self._build = await self._examine()
         return DriverProbe(
-            self.hypervisor, True, build.version_text, build.accelerator, build.processor, FEATURES
-        )
+            self.hypervisor, True, build.version_text, build.accelerator, build.processor, FEATURES,
+            reason=self._against_kvm,
+        )  # fmt: skip
 
     async def _examine(self) -> QemuBuild:
         binary = shutil.which(self._binary)
@@ -240,16 +253,32 @@ class QemuDriver:
     async def _choose_accelerator(self, binary: str) -> str:
         if self._accelerator != "auto":
             return self._accelerator
-        remembered = self._remembered(binary)
-        if remembered is not None and remembered.exists():
-            return remembered.read_text()
-        works, _ = await asyncio.to_thread(kvm_works, binary)
-        chosen = "kvm" if works else "tcg"
-        if remembered is not None:
+        self._against_kvm = kvm_hindrance()
+        if self._against_kvm is None:
+            self._against_kvm = await self._tried(binary)
+        if self._against_kvm is None:
+            return "kvm"
+        log.info("guests of %s are emulated: %s", self.hypervisor.value, self._against_kvm)
+        return "tcg"
+
+    async def _tried(self, binary: str) -> str | None:
+        """Why KVM runs no guests though its device opens; None if it does.
+
+        Trying may take seconds, so the finding is remembered: that it works, for this boot of the
+        host; that it does not, only for a while, for the host may just have been busy.
+        """
+        kept = self._remembered(binary)
+        with contextlib.suppress(OSError):
+            if kept is not None:
+                reason = kept.read_text()
+                if not reason or time.time() - kept.stat().st_mtime < _FAILURE_KEPT:
+                    return reason or None
+        works, reason = await asyncio.to_thread(kvm_works, binary)
+        if kept is not None:
             with contextlib.suppress(OSError):  # the next start merely probes again
-                remembered.parent.mkdir(mode=0o700, exist_ok=True)
-                atomic_write(remembered, chosen.encode())
-        return chosen
+                kept.parent.mkdir(mode=0o700, exist_ok=True)
+                atomic_write(kept, b"" if works else reason.encode())
+        return None if works else reason
 
     def _remembered(self, binary: str) -> Path | None:
         """Where the finding for this very binary, on this boot of the host, is kept."""
@@ -257,7 +286,7 @@ class QemuDriver:
             return None
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         changed = Path(binary).stat().st_mtime_ns
-        return self._cache_dir / f"accelerator-{boot}-{changed}"
+        return self._cache_dir / f"kvm-{boot}-{changed}"
 
     async def start(self, spec: MachineSpec, resources: MachineResources) -> QemuMachine:
         """Spawn QEMU; with device state, load it and stand still. Nothing is left on failure."""

@@ -67,14 +67,6 @@ class QmpConnection:
         except (QMPError, OSError, EOFError) as error:
             raise VmmFailure(f"QEMU was lost during {command}: {error}", command=command) from error
 
-    async def give_fd(self, name: str, fd: int) -> None:
-        """Hand QEMU a file descriptor under ``name`` (QMP getfd with SCM_RIGHTS)."""
-        try:
-            self._client.send_fd_scm(fd)
-        except (QMPError, OSError) as error:
-            raise VmmFailure(f"QEMU was lost: {error}") from error
-        await self.execute("getfd", fdname=name)
-
     async def close(self) -> None:
         """End the conversation; QEMU runs on. Idempotent."""
         # ValueError is the client's word for a line beyond its limit of 10 MiB.

@@ -64,7 +64,7 @@ _STATE_DEADLINE = 600.0  # seconds; all memory may have to go to or come from a 
 _STOP_DEADLINE = 5.0  # seconds for the framework to let go of a guest
 _AGENT_DEADLINE = 120.0  # seconds for a guest to boot as far as its agent
 _RESTORE_HINT = (
-    "state loads only on the Mac and for the user that saved it, under the same or a newer macOS; "
+    "state loads only on the Mac and for the user that saved it; a newer macOS may refuse it; "
     "start the instance from its disks"
 )
 _STATUS = {
@@ -87,6 +87,7 @@ class VzMachine(NoDiskCopies):
         """``process`` was started for a VM with these ``resources``."""
         self.process: ProcessIdentity = process.identity
         self.shutdown_reason: str | None = None
+        self.lacks_space = asyncio.Event()
         self.writes_memory = True
         self._process = process
         self._directory = resources.directory
@@ -160,10 +161,12 @@ class VzMachine(NoDiskCopies):
         The guest runs in a process of macOS's own. That ends with the shim, but nobody would say
         when it has let go of the disks; the framework does, when it was asked to stop.
         """
-        if self._process.alive:
-            with contextlib.suppress(StillframeError):
-                await self.ask("stop", _STOP_DEADLINE)
-        await self._process.kill()
+        try:
+            if self._process.alive:
+                with contextlib.suppress(StillframeError):
+                    await self.ask("stop", _STOP_DEADLINE)
+        finally:
+            await self._process.kill()
         await asyncio.to_thread(self._clear)
 
     async def wait_exit(self) -> None:
@@ -219,8 +222,8 @@ class VzDriver:
             undo.callback(_clear, directory)
             await asyncio.to_thread(_clear, directory)
             process = await asyncio.to_thread(self._spawn, resources)
-            undo.push_async_callback(process.kill)
             machine = VzMachine(process, resources)
+            undo.push_async_callback(machine.kill)
             try:
                 if resources.device_state is None:
                     await _boot(machine, spec, resources)

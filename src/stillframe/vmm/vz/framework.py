@@ -340,6 +340,8 @@ def _settle(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], outcom
 
     def settle() -> None:
         if future.done():  # given up meanwhile
+            if isinstance(outcome, AppleConnection):
+                outcome.close()
             return
         if isinstance(outcome, FrameworkFailure):
             future.set_exception(outcome)

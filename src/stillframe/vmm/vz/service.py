@@ -28,7 +28,7 @@ from stillframe.vmm.vz.protocol import (
 
 _CHUNK = 1 << 16  # bytes
 # Seconds. Apple's header on connectToPort: "does nothing if the guest does not listen".
-_CONNECT_DEADLINE = 4.0
+_CONNECT_DEADLINE = 1.0
 _ENTROPY_REFUSED = "no entropy device: with one this VM could not be saved"
 
 
