@@ -55,11 +55,8 @@ def check_space(
 
 def _check_quota(context: Context, expected_bytes: int, own: str = "") -> None:
     allowed, used = context.settings.max_snapshot_bytes, stored_bytes(context)
-    used += sum(
-        int(intent.facts.get(EXPECTED, "0"))
-        for intent in _being_made(context)
-        if intent.subject != own
-    )
+    announced = (i.facts.get(EXPECTED, "") for i in _being_made(context) if i.subject != own)
+    used += sum(int(size) for size in announced if size.isdecimal())  # it may be damaged
     if allowed and used + expected_bytes > allowed:
         raise InsufficientResources(
             f"the snapshots take {format_size(used)} and this one about "
