@@ -35,12 +35,11 @@ def payload_beside(context: Context, beside: str | None) -> Payload | None:
     return None if beside is None else context.data.snapshot(beside)
 
 
-async def measured(context: Context, taken: Snapshot) -> Snapshot:
-    """A snapshot that lies in its place, and is about to be committed, with what it takes.
+async def measured(context: Context, taken: Snapshot, payload: Payload) -> Snapshot:
+    """A snapshot that is about to be committed, with what its sealed payload takes.
 
     Raises HostFailure.
     """
-    payload = context.data.snapshot(taken.id)
     while True:
         beside = nearest_living(context, taken.parent_snapshot_id)
         with storage_errors("measure the snapshot"):

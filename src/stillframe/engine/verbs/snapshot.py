@@ -92,6 +92,7 @@ async def _take(
         with storage_errors("make room for the snapshot"):
             building.directory.mkdir(mode=0o700)
         size, pause_ms = await _fill(context, instance, building, phases, config)
+        wanted = await measured(context, wanted, building)
         with phases.measure("publish"), storage_errors("store the snapshot"):
             publish(building, final)
         taken = replace(
@@ -102,7 +103,7 @@ async def _take(
             timings_ms=phases.total(),
             template=_template(context, instance, wanted.kind),
         )
-        taken = begun(await measured(context, taken), final, config)
+        taken = begun(taken, final, config)
         try:
             context.records.put_snapshot(taken, head=True)
         except NameConflict as error:
