@@ -25,7 +25,7 @@ from stillframe.host.memory import GuestMemory
 from stillframe.host.orphans import kill_orphans, processes_naming
 from stillframe.images.base import find_busybox
 from stillframe.images.boot import BootPair, build_boot_pair, write_config_disk
-from stillframe.model.values import CONTRACT_HYPERVISORS, Hypervisor
+from stillframe.model.values import CONTRACT_HYPERVISORS, DeviceLimits, Hypervisor
 from stillframe.vmm.driver import (
     Disk,
     Driver,
@@ -43,6 +43,7 @@ AGENT = ROOT / "agent/build/stillframe-init"
 TRACKER = ROOT / "tracker/build/libstillframe-tracker.so"
 TOOLS = ("mksquashfs", "mkfs.ext4")
 MEMORY = 256 << 20
+UNLIMITED = DeviceLimits()
 BOOT_DEADLINE = 120.0
 # A counter kept by a shell's loop, the same question asked of both.
 _COUNTING = "i=0; while :; do i=$((i+1)); echo $i > /dev/shm/n; sleep 0.02; done"
@@ -175,10 +176,10 @@ class Bench:
 
     @contextlib.asynccontextmanager
     async def booted(
-        self, name: str, vcpus: int = 1
+        self, name: str, vcpus: int = 1, *, limits: DeviceLimits = UNLIMITED
     ) -> AsyncIterator[tuple[Machine, MachineResources]]:
         """A cold-booted VM, killed at the end."""
-        resources = self.resources(name)
+        resources = replace(self.resources(name), limits=limits)
         async with self.running(await self.spec(vcpus), resources) as machine:
             yield machine, resources
 
@@ -253,7 +254,7 @@ def guest_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[BootPair, Pat
     binaries = home / "root/bin"
     binaries.mkdir(parents=True)
     shutil.copy(find_busybox(), binaries / "busybox")
-    programs = "sh cat sleep nproc reboot poweroff sync head hostname sha256sum"
+    programs = "sh cat dd sleep nproc reboot poweroff sync head hostname sha256sum"
     for name in programs.split():
         (binaries / name).symlink_to("busybox")
     for name in ("dev", "proc", "sys", "etc", "tmp", "run"):

@@ -24,10 +24,14 @@ from stillframe.host.files import clone, copy_into, create_sparse
 from stillframe.host.image import open_private
 from stillframe.host.memory import GuestMemory
 from stillframe.model.errors import GuestFailure, StillframeError, VmmFailure
-from stillframe.vmm.driver import Machine, MachineResources, MachineStatus
+from stillframe.model.values import DeviceLimits
+from stillframe.vmm.driver import Limit, Machine, MachineResources, MachineStatus
 from support.descriptors import descriptors
 
 pytestmark = pytest.mark.timeout(240)
+
+
+WRITE = "dd if=/dev/zero of=/much bs=1M count={count} oflag=direct 2>&1"
 
 
 def digest(path: Path) -> str:
@@ -143,6 +147,44 @@ async def test_a_disk_copied_while_the_guest_runs_is_whole(bench: Bench) -> None
             assert str(left) not in [str(fd.readlink()) for fd in held]
         finally:
             await adopted.kill()
+
+
+async def test_a_limited_disk_is_slow_for_its_guest_and_no_slower_to_copy(bench: Bench) -> None:
+    if not bench.real:
+        pytest.skip("its disk is a directory of files, which nothing slows")
+    if Limit.DISK not in bench.driver.limits:
+        pytest.skip("it cannot limit disks")
+    rate, size = 2 << 20, 6 << 20
+    # Some let the first second's worth pass at once.
+    least = (size - rate) / rate
+
+    async def written(machine: Machine) -> float:
+        """Seconds that the guest needs to write ``size`` bytes."""
+        async with bench.agent(machine) as connection:
+            began = time.monotonic()
+            await bench.run(connection, "/bin/sh", "-c", WRITE.format(count=size >> 20))
+            return time.monotonic() - began
+
+    async with bench.booted("one", limits=DeviceLimits(disk=rate)) as (machine, resources):
+        disk = resources.disks[1].path
+        copy = bench.directory / "copy"
+        create_sparse(copy, disk.stat().st_size)
+        noted = await machine.begin_disk_copy(1, copy)
+        copy_into(disk, copy)
+        spent = await written(machine)
+        assert spent >= least
+        await machine.pause()
+        if noted:
+            began = time.monotonic()
+            await machine.finish_disk_copy(1)
+            assert time.monotonic() - began < spent / 2
+            assert digest(copy) == digest(disk)
+        await machine.end_disk_copy(1)
+        captured = await bench.capture(machine, resources)
+    fork = bench.fork_of(captured, "fork")
+    async with bench.running(await bench.spec(), fork) as machine:
+        await machine.resume()
+        assert await written(machine) >= least
 
 
 async def test_two_forks_diverge_and_their_image_does_not_change(bench: Bench) -> None:

@@ -298,4 +298,4 @@ def test_the_doctor_finds_what_setup_installed_and_tells_how_when_no_server_runs
     assert findings.keys() >= {f"hypervisor {name.value}" for name in CONTRACT_HYPERVISORS}
     # Its program is there, and is none that runs a VM.
     assert findings["hypervisor firecracker"]["level"] == "warn"
-    assert "snapshots" in findings["hypervisor qemu"]["found"]
+    assert findings["hypervisor qemu"]["fix"] == "apt-get install qemu-system-x86"

@@ -9,6 +9,7 @@ import pytest
 from hypeman import Hypeman, NotFoundError
 
 from support.contract import IMAGE, Maker, Refused, body_of
+from support.server import eventually_empty
 
 NO_ID = "z" * 24
 
@@ -42,6 +43,27 @@ def test_an_instance_lives_through_its_whole_life(sdk: Hypeman, make: Maker) -> 
         sdk.instances.delete(made.id)
 
 
+def test_limits_are_told_and_go_with_forks(sdk: Hypeman, make: Maker, refused: Refused) -> None:
+    network: Any = {"bandwidth_download": "1Gbps", "bandwidth_upload": "125KB/s"}
+    made = make(disk_io_bps="100MB/s", network=network)
+    assert made.disk_io_bps == "100.0 MB/s"
+    assert made.network is not None
+    told = (made.network.bandwidth_download, made.network.bandwidth_upload)
+    assert told == ("119.2 MB/s", "125.0 KB/s")
+    snapshot = sdk.instances.snapshots.create(made.id, kind="Standby")
+    fork = sdk.snapshots.fork(snapshot.id, name=f"{made.name}-fork")
+    assert (fork.disk_io_bps, fork.network) == (made.disk_io_bps, made.network)
+    sdk.instances.standby(made.id)
+    rows = {row.instance_id: row for row in sdk.resources.get().allocations}
+    assert (rows[fork.id].disk_io_bps, rows[made.id].disk_io_bps) == (100 << 20, 0)
+    assert rows[fork.id].network_download_bps == 125_000_000
+    assert rows[fork.id].network_upload_bps == 125 << 10
+    plain = make()
+    assert plain.disk_io_bps is None
+    assert plain.network is not None
+    assert plain.network.bandwidth_upload is None
+
+
 def test_expires_at_is_always_there(sdk: Hypeman, make: Maker) -> None:
     made = make()
     answer = sdk.instances.with_raw_response.get(made.id)
@@ -73,12 +95,15 @@ def test_nothing_is_known_by_a_wrong_id(sdk: Hypeman, refused: Refused) -> None:
         ({"size": "1 elephant"}, (400, "invalid_size")),
         ({"size": "1KB"}, (400, "invalid_size")),
         ({"overlay_size": "900TB"}, (400, "invalid_overlay_size")),
+        ({"disk_io_bps": "fast"}, (400, "invalid_disk_io_bps")),
+        ({"network": {"bandwidth_upload": "0bps"}}, (400, "invalid_bandwidth_upload")),
         ({"vcpus": 4096}, (400, "invalid_request")),
         ({"platform": "linux/s390x"}, (400, "invalid_platform")),
         ({"hypervisor": "xen"}, (400, "Bad Request")),
         ({"hypervisor": "vz"}, (501, "not_supported")),
         ({"volumes": [{"volume_id": "v", "mount_path": "/m"}]}, (501, "not_supported")),
-        ({"ttl": "1h"}, (501, "not_supported")),
+        ({"ttl": "soon"}, (400, "invalid_ttl")),
+        ({"restart_policy": {"policy": "always"}}, (501, "not_supported")),
     ],
 )
 def test_a_bad_wish_leaves_nothing_behind(
@@ -166,3 +191,18 @@ def test_forks_of_a_running_instance_run_beside_it(sdk: Hypeman, make: Maker) ->
         made.id, name=f"{made.name}-rest", from_running=True, target_state="Standby"
     )
     assert resting.state == "Standby"
+
+
+def test_an_instance_with_an_end_is_told_and_changed_by_the_sdk(sdk: Hypeman, make: Maker) -> None:
+    made = make(ttl="1h")
+    assert made.expires_at is not None
+    stats = sdk.instances.stats(made.id)
+    assert stats.instance_id == made.id
+    assert stats.memory_rss_bytes > 0
+    later = sdk.instances.update(made.id, ttl="2h").expires_at
+    assert later is not None
+    assert later > made.expires_at
+    assert sdk.instances.update(made.id, ttl="0s").expires_at is None
+    # A second is enough to see it go; how soon is the scheduler's to say.
+    sdk.instances.update(made.id, ttl="1s")
+    eventually_empty(lambda: [one for one in sdk.instances.list() if one.id == made.id], 60)

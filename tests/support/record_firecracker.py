@@ -19,7 +19,8 @@ from pathlib import Path
 
 from stillframe.host.files import clone, create_sparse
 from stillframe.model.errors import VmmFailure
-from stillframe.vmm.driver import DeviceLimits, Disk, MachineResources, MachineSpec
+from stillframe.model.values import DeviceLimits
+from stillframe.vmm.driver import Disk, MachineResources, MachineSpec
 from stillframe.vmm.firecracker import api
 from stillframe.vmm.firecracker.driver import FirecrackerDriver
 from support.conversations import DIRECTORY, Exchange, recording
@@ -29,7 +30,11 @@ SPEC = MachineSpec(memory_bytes=16 << 20, vcpus=1, accelerator="kvm", network=Fa
 NETWORKED = replace(SPEC, network=True)
 
 
-def files(home: Path) -> MachineResources:
+UNLIMITED = DeviceLimits()
+LIMITED = DeviceLimits(disk=50_000_000, download=1_000_000, upload=2_000_000)
+
+
+def files(home: Path, limits: DeviceLimits = UNLIMITED) -> MachineResources:
     """A cold VM's files, with the guest assembled."""
     flags = ["-nostdlib", "-static", "-no-pie", "-Wl,-N,-Ttext-segment=0x100000,--build-id=none"]
     subprocess.run(["gcc", *flags, "-o", home / "tiny", SOURCE], check=True, timeout=60)
@@ -41,14 +46,14 @@ def files(home: Path) -> MachineResources:
         disks=(Disk(home / "root", readonly=True), Disk(home / "overlay", readonly=False)),
         kernel=home / "tiny", initrd=Path("/dev/null"), kernel_arguments="quiet",
         generation_id=uuid.uuid4(), console_log=home / "console", vmm_log=home / "log",
-        limits=DeviceLimits(disk=50_000_000),
+        limits=limits,
     )  # fmt: skip
 
 
 async def record(binary: str, home: Path) -> dict[str, list[Exchange]]:
     """Boot and capture; load and capture; be refused; the same with a network."""
     driver = FirecrackerDriver(binary, accelerator="kvm")
-    cold = files(home)
+    cold = files(home, LIMITED)
     heard: dict[str, list[Exchange]] = {}
     with recording() as heard["boot"]:
         machine = await driver.start(SPEC, cold)

@@ -13,9 +13,10 @@ from fastapi.routing import APIRoute, APIWebSocketRoute
 from starlette.testclient import TestClient, WebSocketDenialResponse
 
 from stillframe.api.app import ROUTERS, create_app
-from stillframe.api.auth import SCOPES, RequiredScope, ScopedRoute, required_scope
+from stillframe.api.auth import RequiredScope, ScopedRoute, required_scope
 from stillframe.engine.interface import EngineInterface
 from stillframe.model.errors import InvalidRequest
+from stillframe.model.scopes import SCOPES
 from support.api_double import SECRET, DoubleEngine, app_over, bearer, token
 
 PUBLIC = {"/health"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -175,8 +176,10 @@ def test_the_writer_says_when_its_memory_is_not_what_it_must_be(
 
 def _pid_of(program: str) -> int:
     for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and (entry / "cmdline").read_bytes().startswith(program.encode()):
-            return int(entry.name)
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            command = (entry / "cmdline").read_bytes() if entry.name.isdecimal() else b""
+            if command.startswith(program.encode()):
+                return int(entry.name)
     raise AssertionError(program)
 
 

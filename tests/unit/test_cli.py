@@ -168,10 +168,13 @@ def test_run_waits_until_the_instance_runs(stub: Stub) -> None:
         200, {"state": "Running", "timed_out": False}
     )  # fmt: skip
     stub.answers["GET", f"/instances/{'a' * 24}"] = (200, instance("web", "a" * 24))
-    done = on(stub, "run", "-n", "web", "-e", "A=1", "stillframe/base", "sleep", "-x")
+    limits = ("--disk-io", "100MB/s", "--bandwidth-down", "1Gbps", "--bandwidth-up", "8Mbps")
+    done = on(stub, "run", "-n", "web", "-e", "A=1", *limits, "stillframe/base", "sleep", "-x")
     assert done.returncode == 0, done.stderr
     assert stub.asked[0][2] == {
-        "name": "web", "image": "stillframe/base", "env": {"A": "1"}, "cmd": ["sleep", "-x"]
+        "name": "web", "image": "stillframe/base", "env": {"A": "1"}, "cmd": ["sleep", "-x"],
+        "disk_io_bps": "100MB/s",
+        "network": {"bandwidth_download": "1Gbps", "bandwidth_upload": "8Mbps"},
     }  # fmt: skip
     assert done.stdout.splitlines()[1].split() == ["web", "a" * 24, "Running"]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from stillframe.api.auth import SCOPES
 from stillframe.cli.settings import KEYS, Settings, load_settings
 from stillframe.engine.settings import EngineSettings
 from stillframe.model.errors import InvalidRequest
+from stillframe.model.scopes import SCOPES
 from stillframe.model.units import GIB
 from stillframe.model.values import CompressionAlgorithm, CompressionConfig, Hypervisor
 

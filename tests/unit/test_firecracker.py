@@ -20,13 +20,14 @@ from stillframe.host.process import Process, spawn
 from stillframe.host.programs import find_program
 from stillframe.host.sockets import connect_socket
 from stillframe.model.errors import MissingComponent, StorageFull, VmmFailure
-from stillframe.vmm.driver import DeviceLimits, MachineResources, MachineStatus
+from stillframe.model.values import DeviceLimits
+from stillframe.vmm.driver import MachineResources, MachineStatus
 from stillframe.vmm.firecracker import api, driver, machine
 from stillframe.vmm.firecracker.isolation import Seen, SharedDirectory, confined
 from stillframe.vmm.firecracker.machine import FirecrackerMachine, end_of_guest
 from stillframe.vmm.firecracker.probe import kvm_refusal
 from support.conversations import Exchange, Player, recorded
-from support.record_firecracker import NETWORKED, SPEC, files
+from support.record_firecracker import LIMITED, NETWORKED, SPEC, files
 
 RECORDED = "firecracker-1.16.1"
 BUSYBOX = shutil.which("busybox")
@@ -72,7 +73,7 @@ async def conversing(
 
 
 def resources(home: Path, *, loaded: bool = False) -> MachineResources:
-    cold = files(home)
+    cold = files(home, LIMITED)
     return replace(cold, device_state=home / "devices") if loaded else cold
 
 

@@ -32,6 +32,8 @@ FIRECRACKER = [
     fire.vsock("vsock.sock"),
     fire.entropy(),
     fire.network("tap7", download=fire.RateLimit.per_second(1 << 20), upload=None),
+    fire.limit_drive(1, fire.RateLimit(50 << 20)),
+    fire.limit_network(download=None, upload=fire.RateLimit(1 << 20)),
     fire.shape(),
     fire.start(),
     fire.power_button(),
@@ -50,6 +52,15 @@ CONFIGURATIONS = [
     cloud.configuration(SPEC, arguments="", disks=[], initrd=False, tap="tap7", confined=True),
     cloud.configuration(
         SPEC, arguments="", disks=[], initrd=False, tap="tap7", mac="02:00:00:00:00:01"
+    ),
+    cloud.configuration(
+        SPEC,
+        arguments="",
+        disks=[("disk0.link", True)],
+        initrd=False,
+        tap="tap7",
+        disk_rate=50 << 20,
+        network_rate=1 << 20,
     ),
 ]
 CLOUD_HYPERVISOR = [

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypeman import Hypeman
+from hypeman import APIStatusError, Hypeman
 
 from support.server import Server, reboot_in, run_in, wait_running
 
@@ -158,6 +158,48 @@ def test_a_reboot_inside_a_fork_boots_the_same_disk_again(
     fork = client.snapshots.fork(snapshot.id, name=f"{name}-fork")
     reboot_in(client, fork.id)
     assert run_in(client, fork.id, "cat", "/root/file").strip() == "disk"
+
+
+def seconds_to_write(client: Hypeman, instance_id: str, megabytes: int) -> float:
+    """How long a guest takes to write so much to its disk, past its cache."""
+    began = time.monotonic()
+    write = f"dd if=/dev/zero of=/root/much bs=1M count={megabytes} oflag=direct 2>&1"
+    run_in(client, instance_id, "sh", "-c", write)
+    return time.monotonic() - began
+
+
+def test_a_disk_keeps_its_limit_in_forks_and_after_standby(
+    client: Hypeman, running: str, name: str
+) -> None:
+    limited = client.instances.create(
+        name=f"{name}-limited", image="stillframe/base", size="256MB", overlay_size="1GB",
+        vcpus=1, disk_io_bps="2MB/s",
+    )  # fmt: skip
+    wait_running(client, limited.id)
+    least = 8 / 2 - 1  # seconds; the first tenth's worth passes at once
+    spent = seconds_to_write(client, limited.id, 8)
+    assert spent >= least
+    assert seconds_to_write(client, running, 8) < spent
+    snapshot = client.instances.snapshots.create(limited.id, kind="Standby")
+    fork = client.snapshots.fork(snapshot.id, name=f"{name}-fork")
+    assert fork.disk_io_bps == "2.0 MB/s"
+    assert seconds_to_write(client, fork.id, 8) >= least
+    client.instances.standby(limited.id)
+    client.instances.restore(limited.id)
+    wait_running(client, limited.id)
+    assert seconds_to_write(client, limited.id, 8) >= least
+
+
+def test_a_bandwidth_that_qemu_cannot_limit_is_refused_with_who_can(
+    client: Hypeman, name: str
+) -> None:
+    with pytest.raises(APIStatusError) as refused:
+        client.instances.create(
+            name=name, image="stillframe/base", network={"bandwidth_upload": "1Mbps"}
+        )
+    assert refused.value.status_code == 501
+    assert "qemu cannot limit network.bandwidth_upload" in str(refused.value)
+    assert "use firecracker, or leave network.bandwidth_upload out" in str(refused.value)
 
 
 def test_four_processors_and_a_busy_memory_survive_a_fork(client: Hypeman, name: str) -> None:

@@ -27,7 +27,7 @@ from stillframe.host.orphans import kill_orphans, processes_naming
 from stillframe.host.probes import landlock_version
 from stillframe.host.watch import file_changes
 from stillframe.model.errors import VmmFailure
-from stillframe.model.values import Hypervisor
+from stillframe.model.values import DeviceLimits, Hypervisor
 from stillframe.vmm.cloud_hypervisor.driver import CloudHypervisorDriver
 from stillframe.vmm.cloud_hypervisor.machine import CloudHypervisorMachine
 from stillframe.vmm.driver import (
@@ -39,6 +39,7 @@ from stillframe.vmm.driver import (
     MachineStatus,
 )
 from stillframe.vmm.firecracker.driver import FirecrackerDriver
+from stillframe.vmm.over_http import HttpMachine
 from stillframe.vmm.unix_http import Call
 from support.uplinks import Watch, children, hindrance
 
@@ -352,6 +353,42 @@ async def test_forks_have_a_network_of_their_own_that_goes_with_them(
         await machine.resume()
         assert (await counted(last, more_than=at_capture))[0] == nonce
     assert kill_orphans(tmp_path, ()) == []
+
+
+async def rates_told(machine: Machine) -> list[int]:
+    """The limits that the VMM tells of its disk and of its network device, if there is one."""
+    assert isinstance(machine, HttpMachine)
+    cloud = isinstance(machine, CloudHypervisorMachine)
+    told = await machine.call(Call("GET", "/api/v1/vm.info" if cloud else "/vm/config"))
+    config = told["config"] if cloud else told
+    devices = [*config["disks" if cloud else "drives"]]
+    devices += config.get("net" if cloud else "network-interfaces") or ()
+    names = ("rate_limiter_config", "rate_limiter", "rx_rate_limiter", "tx_rate_limiter")
+    limiters = [device[name] for device in devices for name in names if device.get(name)]
+    assert {limiter["bandwidth"]["refill_time"] for limiter in limiters} == {1000}
+    return [limiter["bandwidth"]["size"] for limiter in limiters]
+
+
+@pytest.mark.parametrize("network", [False, True])
+async def test_limits_hold_from_the_boot_on_and_after_a_load_whatever_state_says(
+    driver: Driver, tiny: Path, tmp_path: Path, network: bool
+) -> None:
+    if network and (reason := hindrance()):
+        pytest.skip(reason)
+    spec = replace(SPEC, network=network)
+    limits = DeviceLimits(disk=5_000_000, download=1_000_000, upload=1_000_000)
+    source = replace(resources_of(tmp_path / "source", tiny), limits=limits)
+    # Firecracker tells a figure for either direction, Cloud Hypervisor the one for both.
+    directions = 2 if driver.hypervisor is Hypervisor.FIRECRACKER else 1
+    async with running(driver, source, spec) as machine:
+        assert await rates_told(machine) == [5_000_000, *[1_000_000] * network * directions]
+        await machine.pause()
+        captured = await capture(machine, source, tmp_path / "captured")
+    limits = DeviceLimits(disk=6_000_000, download=2_000_000, upload=2_000_000)
+    fork = replace(fork_of(captured, tmp_path / "fork"), limits=limits)
+    async with running(driver, fork, spec) as machine:
+        await machine.resume()
+        assert await rates_told(machine) == [6_000_000, *[2_000_000] * network * directions]
 
 
 async def test_firecracker_lives_in_a_tree_of_its_own(

@@ -18,12 +18,8 @@ from starlette.requests import HTTPConnection
 from stillframe.api.border import UPLOAD_PATHS
 from stillframe.api.repeats import Repeats
 from stillframe.model.errors import Forbidden, InvalidRequest, Unauthorized
+from stillframe.model.scopes import SCOPES
 
-SCOPES = frozenset(
-    f"{kind}:{right}"
-    for kind in ("instance", "image", "volume", "snapshot", "build", "device", "ingress")
-    for right in ("read", "write", "delete")
-) | {"resource:read"}
 _SCOPE_KEY = "x-required-scope"
 # Fixed here and never taken from the token's header (RFC 8725), each with the shortest secret it
 # may be used with (RFC 7518, section 3.2).

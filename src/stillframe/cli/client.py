@@ -79,16 +79,20 @@ class Client:
     @cached_property
     def base_url(self) -> str:
         """--url, else STILLFRAME_URL, HYPEMAN_BASE_URL, the local server's record, the default."""
-        explicit = (
-            self.url or os.environ.get("STILLFRAME_URL") or os.environ.get("HYPEMAN_BASE_URL")
-        )
-        if explicit:
-            return _checked_url(explicit)
+        if self._named_url is not None:
+            return _checked_url(self._named_url)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads((self.settings.data_dir / "server.json").read_bytes())
             return str(record["url"])
         listen = self.settings.listen
         return f"http://{DEFAULT_LISTEN if listen.endswith(':0') else listen}"
+
+    @property
+    def _named_url(self) -> str | None:
+        """The server that somebody named; None if it is to be found."""
+        variables = os.environ
+        named = self.url or variables.get("STILLFRAME_URL") or variables.get("HYPEMAN_BASE_URL")
+        return named or None
 
     @cached_property
     def bearer(self) -> str:
@@ -98,6 +102,11 @@ class Client:
         )
         if given:
             return _checked_token(given)
+        if self._named_url is not None and not (self.settings.data_dir / "jwt-secret").exists():
+            raise Unauthorized(
+                f"there is no token for {self.base_url}",
+                hint="set STILLFRAME_TOKEN to one that `stillframe token` printed over there",
+            )
         return mint_token(
             read_secret(self.settings.data_dir), subject="cli", lifetime=_LOCAL_TOKEN_LIFETIME
         )

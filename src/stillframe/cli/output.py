@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from stillframe.model.errors import StillframeError
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
 
 
@@ -66,6 +68,27 @@ def answers(columns: Sequence[str], as_json: bool) -> Iterator[list[dict[str, An
         elif collected:
             rows = [[answer.get(column.lower()) for column in columns] for answer in collected]
             print_table(columns, rows)
+
+
+def each(things: Sequence[str], doing: str, work: Callable[[str], None]) -> None:
+    """Do ``work`` with each of several things, whether or not it fails with others.
+
+    What failed is said on stderr, and the command exits with 1 then. With a single one the error
+    itself is raised.
+    """
+    failed = False
+    for thing in things:
+        try:
+            with working(f"{doing} {thing}"):
+                work(thing)
+        except StillframeError as error:
+            if len(things) == 1:
+                raise
+            hint = f" (hint: {error.hint})" if error.hint else ""
+            say(f"error: {thing}: {error.message}{hint}")
+            failed = True
+    if failed:
+        raise typer.Exit(1)
 
 
 @contextlib.contextmanager

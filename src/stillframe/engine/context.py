@@ -29,10 +29,23 @@ from stillframe.model.errors import (
 )
 from stillframe.model.states import InstanceState
 from stillframe.model.units import new_id
-from stillframe.model.values import CONTRACT_HYPERVISORS, Hypervisor, Instance, Snapshot
+from stillframe.model.values import (
+    CONTRACT_HYPERVISORS,
+    DeviceLimits,
+    Hypervisor,
+    Instance,
+    Snapshot,
+)
 from stillframe.store.paths import DataDirectory, Payload
 from stillframe.store.records import Records
-from stillframe.vmm.driver import Driver, DriverProbe, Machine, without_driver
+from stillframe.vmm.driver import (
+    Driver,
+    DriverProbe,
+    Limit,
+    Machine,
+    unkept,
+    without_driver,
+)
 
 if TYPE_CHECKING:
     from stillframe.engine.keeping.compression import Compressor
@@ -177,8 +190,13 @@ class Context:
             )
         return hypervisor
 
-    async def available_driver(self, hypervisor: Hypervisor) -> tuple[Driver, DriverProbe]:
-        """The driver and what it found here. Raises NotSupported with the reason if it cannot."""
+    async def available_driver(
+        self, hypervisor: Hypervisor, limits: DeviceLimits | None = None
+    ) -> tuple[Driver, DriverProbe]:
+        """The driver, which can keep ``limits``, and what it found here.
+
+        Raises NotSupported with the reason if it cannot.
+        """
         driver = self.drivers.get(hypervisor)
         if driver is None:
             probe = without_driver(hypervisor)
@@ -188,7 +206,23 @@ class Context:
             raise NotSupported(
                 f"hypervisor {hypervisor.value} is not available: {probe.reason}", hint=probe.hint
             )
+        if limits is not None and (fields := unkept(limits, driver.limits)):
+            raise self._unlimited(driver, limits, fields)
         return driver, probe
+
+    def _unlimited(self, driver: Driver, limits: DeviceLimits, fields: list[str]) -> NotSupported:
+        able = [
+            one.hypervisor.value for one in self.drivers.values() if not unkept(limits, one.limits)
+        ]
+        words, alike = " and ".join(fields), Limit.BANDWIDTH_ALIKE in driver.limits
+        hints = [f"use {' or '.join(able)}"] if able else []
+        hints.append("give both directions the same rate" if alike else f"leave {words} out")
+        return NotSupported(
+            f"{driver.hypervisor.value} cannot limit {words}"
+            + (" by a rate of its own" if alike else ""),
+            hint=", or ".join(hints),
+            field=fields[0],
+        )
 
     async def boot_pair(self, digest: str = "") -> BootPair:
         """The kernel and initrd of that digest, or the newest for an empty one.

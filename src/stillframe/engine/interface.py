@@ -7,7 +7,7 @@ then unique id prefix; NotFound or Ambiguous otherwise), the verbs take the reso
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,7 @@ from stillframe.model.errors import StillframeError
 from stillframe.model.states import InstanceState
 from stillframe.model.values import (
     CompressionConfig,
+    DeviceLimits,
     Hypervisor,
     Image,
     Instance,
@@ -50,6 +51,7 @@ class CreateRequest:
     snapshot_policy: SnapshotPolicy | None = None
     expires_at: datetime | None = None
     lifetime: timedelta | None = None
+    limits: DeviceLimits = field(default_factory=DeviceLimits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,7 @@ async def resources_of(
         console_log=paths.log("app"),
         vmm_log=paths.log("vmm"),
         device_state=device_state,
+        limits=instance.limits,
     )
 
 
@@ -125,7 +126,7 @@ async def boot(context: Context, instance: Instance, image: Image) -> Machine:
     ``instance.boot_nonce`` must be fresh. Raises VmmFailure, MissingComponent, StorageFull.
     """
     paths = context.data.instance(instance.id)
-    driver, _ = await context.available_driver(instance.hypervisor)
+    driver, _ = await context.available_driver(instance.hypervisor, instance.limits)
     await asyncio.to_thread(write_config, context, instance, image)
     with storage_errors("make the memory image"):
         paths.memory.unlink(missing_ok=True)
@@ -160,7 +161,7 @@ async def load(context: Context, instance: Instance, devices: Path) -> Machine:
 
     Raises NotSupported when memory made elsewhere cannot run here, VmmFailure.
     """
-    driver, probe = await context.available_driver(instance.hypervisor)
+    driver, probe = await context.available_driver(instance.hypervisor, instance.limits)
     if reasons := foreign_to(instance, probe):
         raise NotSupported(
             reasons[0],

@@ -10,6 +10,8 @@ from datetime import UTC, datetime, timedelta
 from stillframe.model.errors import InvalidRequest
 
 KIB, MIB, GIB, TIB = 1024, 1024**2, 1024**3, 1024**4
+# Bytes a second; QEMU takes no higher limit (THROTTLE_VALUE_MAX in its include/qemu/throttle.h).
+MAX_RATE = 10**15
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*$", re.IGNORECASE)
 _DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
@@ -18,6 +20,7 @@ _NANOSECONDS = {
     "ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6,
     "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9,
 }  # fmt: skip
+_BITS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTkmgt]?)bps\s*", re.ASCII)
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 _TAG_TEXT = re.compile(r"[A-Za-z0-9 _.:/=+@-]*")
 _ID = re.compile(r"[a-z][a-z0-9]{23}")
@@ -53,6 +56,48 @@ def format_size(size: int) -> str:
             return f"{value:.1f} {unit}" if unit != "B" else f"{size} B"
         value /= 1024
     return f"{value:.1f} TB"
+
+
+def parse_disk_rate(text: str, *, code: str = "invalid_disk_io_bps") -> int:
+    """Bytes a second in ``100MB/s``, ``100MBps`` or ``100MB``. Raises InvalidRequest with ``code``.
+
+    Here ``b`` is a byte in either case: the contract knows no bits of disks.
+    """
+    bare = text.strip()
+    bare = next((bare[: -len(end)] for end in ("/s", "ps") if bare.lower().endswith(end)), bare)
+    return _rate_in_range(parse_size(bare, code=code), text, code)
+
+
+def parse_bandwidth(text: str, *, code: str) -> int:
+    """Bytes a second in ``1Gbps`` (bits, 1000-based) or ``125MB/s`` (bytes, 1024-based).
+
+    Raises InvalidRequest with ``code``, for ``MBps`` too: some read it as bits, some as bytes.
+    """
+    match = _BITS.fullmatch(text) if len(text) < 64 else None
+    if match is not None:
+        number, unit = match.groups()
+        bits = float(number) * 1000 ** (" KMGT".index(unit.upper()) if unit else 0)
+        return _rate_in_range(int(bits / 8), text, code)
+    bare = text.strip()
+    if bare.lower().endswith("ps"):
+        raise InvalidRequest(
+            f"invalid bandwidth {text[:64]!r}", code=code,
+            hint="write 1Gbps for bits or 125MB/s for bytes",
+        )  # fmt: skip
+    return _rate_in_range(
+        parse_size(bare[:-2] if bare.endswith("/s") else bare, code=code), text, code
+    )
+
+
+def _rate_in_range(rate: int, text: str, code: str) -> int:
+    if not 0 < rate <= MAX_RATE:
+        raise InvalidRequest(f"rate {text[:64]!r} is out of range", code=code)
+    return rate
+
+
+def format_rate(rate: int) -> str | None:
+    """A rate in bytes a second as the contract prints it: ``1.0 MB/s``; None for 0, no limit."""
+    return f"{format_size(rate)}/s" if rate else None
 
 
 def parse_duration(text: str, *, code: str = "invalid_request") -> timedelta:

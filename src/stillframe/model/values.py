@@ -103,6 +103,15 @@ class ProcessIdentity:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceLimits:
+    """What the VMM lets devices do at most, in bytes a second; 0 is no limit."""
+
+    disk: int = 0  # each disk, reads and writes together
+    download: int = 0  # what the guest receives
+    upload: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ImageConfig:
     """What an OCI image says about running it."""
 
@@ -141,6 +150,7 @@ class Instance:
     ``resumed_at`` is when its guest last ran on from captured memory, ``timings_ms`` where the
     time until then went.
     ``parent_snapshot_id`` / ``parent_instance_id`` say what it was forked from (or restored to).
+    ``limits`` are those of its devices, in every life of its VM and its forks'.
     ``head_snapshot_id`` is the last snapshot taken of it since then: its next one descends from it.
     ``standby_compression`` is what its standby image is to be compressed with, from
     ``standby_compression_at`` on; it says nothing in other states than Standby.
@@ -186,6 +196,7 @@ class Instance:
     standby_compression: CompressionConfig | None = None
     standby_compression_at: datetime | None = None
     expires_at: datetime | None = None
+    limits: DeviceLimits = field(default_factory=DeviceLimits)
 
     @property
     def has_snapshot(self) -> bool:

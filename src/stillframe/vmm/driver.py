@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 from uuid import UUID
 
 from stillframe.model.errors import VmmFailure
-from stillframe.model.values import Hypervisor, ProcessIdentity
+from stillframe.model.values import DeviceLimits, Hypervisor, ProcessIdentity
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +86,23 @@ class Disk:
     readonly: bool
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceLimits:
-    """What the VMM lets devices do at most, in bytes a second; 0 is no limit."""
+class Limit(StrEnum):
+    """What a hypervisor can limit."""
 
-    disk: int = 0  # each disk
-    download: int = 0  # what the guest receives
-    upload: int = 0
+    DISK = "disk"
+    BANDWIDTH = "bandwidth"  # either direction, each by a figure of its own
+    BANDWIDTH_ALIKE = "bandwidth, both directions alike"  # both directions, by one figure
+
+
+def unkept(limits: DeviceLimits, can: frozenset[Limit]) -> list[str]:
+    """Which of ``limits`` cannot be kept where ``can`` is possible, by the contract's fields."""
+    fields = ["disk_io_bps"] if limits.disk and Limit.DISK not in can else []
+    alike = Limit.BANDWIDTH_ALIKE in can and limits.download == limits.upload
+    if Limit.BANDWIDTH in can or alike:
+        return fields
+    fields += ["network.bandwidth_download"] if limits.download else []
+    fields += ["network.bandwidth_upload"] if limits.upload else []
+    return fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +111,9 @@ class MachineResources:
 
     ``directory`` is private to the VM and receives the sockets; ``memory_image`` is an existing
     file of exactly ``memory_bytes``, mapped privately and never written; ``device_state`` is None
-    for a cold boot; ``generation_id`` is fresh for every boot and fork (VMGenID). ``limits`` hold
-    for VMMs that can keep them, from the boot on (they are part of device state).
+    for a cold boot; ``generation_id`` is fresh for every boot and fork (VMGenID). Those of
+    ``limits`` that are set hold before the guest's first step, whatever device state says (see
+    ``Driver.limits``).
     """
 
     directory: Path
@@ -115,7 +126,7 @@ class MachineResources:
     console_log: Path
     vmm_log: Path
     device_state: Path | None = None
-    limits: DeviceLimits = DeviceLimits()
+    limits: DeviceLimits = field(default_factory=DeviceLimits)
 
 
 class MachineStatus(StrEnum):
@@ -207,9 +218,10 @@ class NoDiskCopies:
 
 
 class Driver(Protocol):
-    """One hypervisor on this host."""
+    """One hypervisor on this host. ``limits`` is what it can limit, wherever it is available."""
 
     hypervisor: Hypervisor
+    limits: frozenset[Limit]
 
     async def probe(self) -> DriverProbe:
         """Try what works here. Never raises for an absent hypervisor; caches its finding."""

@@ -12,9 +12,14 @@ from collections.abc import Awaitable, Callable
 
 from stillframe.model.errors import StillframeError
 from stillframe.model.values import Hypervisor
-from stillframe.vmm.driver import DriverProbe
+from stillframe.vmm.driver import DriverProbe, Limit
 
-FEATURES = ("fork", "pause", "snapshots", "standby")  # what every driver here offers
+_FEATURES = ("fork", "pause", "snapshots", "standby")  # what every driver here offers
+
+
+def features(limits: frozenset[Limit]) -> tuple[str, ...]:
+    """The contract's feature ids of a driver that can limit this."""
+    return (*(["disk-io-limit"] if Limit.DISK in limits else []), *_FEATURES)
 
 
 _SHORTEST_REST = 10.0  # seconds after which what was missing is looked for again

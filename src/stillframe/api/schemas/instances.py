@@ -21,8 +21,16 @@ from stillframe.engine.interface import CreateRequest, WaitResult
 from stillframe.engine.keeping.interface import InstanceUse
 from stillframe.model.errors import InvalidRequest
 from stillframe.model.states import InstanceState
-from stillframe.model.units import check_name, check_tags, format_duration, format_size, parse_size
-from stillframe.model.values import Hypervisor, Instance, PathInfo, SnapshotPolicy
+from stillframe.model.units import (
+    check_name,
+    check_tags,
+    format_duration,
+    format_rate,
+    format_size,
+    parse_disk_rate,
+    parse_size,
+)
+from stillframe.model.values import DeviceLimits, Hypervisor, Instance, PathInfo, SnapshotPolicy
 
 _PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9]+(/[a-z0-9.]+)?")
 PLATFORMS = ("linux/amd64", "linux/arm64")
@@ -98,9 +106,18 @@ class InstanceCreateBody(Body):
             snapshot_policy=self.snapshot_policy.parse() if self.snapshot_policy else None,
             expires_at=self.expires_at,
             lifetime=options.parse_ttl(self.ttl),
+            limits=self._limits(),
         )
         self._refuse_unsupported()
         return request
+
+    def _limits(self) -> DeviceLimits:
+        network = self.network or options.NetworkBody()
+        return DeviceLimits(
+            disk=parse_disk_rate(self.disk_io_bps) if self.disk_io_bps else 0,
+            download=network.rate("bandwidth_download"),
+            upload=network.rate("bandwidth_upload"),
+        )
 
     def _refuse_unsupported(self) -> None:
         options.check_hotplug(self.hotplug_size)
@@ -109,9 +126,6 @@ class InstanceCreateBody(Body):
         options.check_restart(self.restart_policy)
         if self.network is not None:
             self.network.check()
-        if self.disk_io_bps:
-            options.check_rate(self.disk_io_bps, code="invalid_disk_io_bps")
-            raise options.unsupported("disk_io_bps")
         for field in ("credentials", "devices", "volumes", "skip_guest_agent"):
             if getattr(self, field):
                 raise options.unsupported(field)
@@ -262,11 +276,14 @@ class InstanceAnswer(Answer):
             size=format_size(instance.memory_bytes),
             overlay_size=format_size(instance.overlay_bytes),
             vcpus=instance.vcpus,
+            disk_io_bps=format_rate(instance.limits.disk),
             env=dict(instance.env),
             tags=dict(instance.tags),
             network=NetworkAnswer(
                 enabled=instance.network_enabled,
                 name="default" if instance.network_enabled else None,
+                bandwidth_download=format_rate(instance.limits.download),
+                bandwidth_upload=format_rate(instance.limits.upload),
             ),
             has_snapshot=instance.has_snapshot,
             snapshot_policy=SnapshotPolicyAnswer.of(instance.snapshot_policy),

@@ -1,4 +1,4 @@
-"""Options of the contract that this server does not carry out yet.
+"""Options of the contract that this server does not carry out yet, and all of the network.
 
 Their shape is checked all the same, so that a wrong value is told apart from an unsupported one;
 then anything but the default is refused with 501 ``not_supported`` naming the field. Nothing that
@@ -8,7 +8,6 @@ changes what the caller gets is ever ignored in silence.
 from __future__ import annotations
 
 import ipaddress
-import re
 from datetime import timedelta
 from typing import Annotated, Literal
 
@@ -16,9 +15,8 @@ from pydantic import Field
 
 from stillframe.api.schemas.base import Body, Flag, Int, Text
 from stillframe.model.errors import InvalidRequest, NotSupported
-from stillframe.model.units import parse_duration, parse_size
+from stillframe.model.units import parse_bandwidth, parse_duration, parse_size
 
-_BITS = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]?bps\s*", re.ASCII)
 Port = Annotated[Int, Field(ge=1, le=65535)]
 AtLeastOne = Annotated[Int, Field(ge=1)]
 
@@ -141,13 +139,13 @@ class NetworkBody(Body):
     bandwidth_upload: Text | None = None
     egress: Egress | None = None
 
+    def rate(self, field: Literal["bandwidth_download", "bandwidth_upload"]) -> int:
+        """Bytes a second in the field, 0 for none. Raises InvalidRequest (``invalid_`` FIELD)."""
+        text: str | None = getattr(self, field)
+        return parse_bandwidth(text, code=f"invalid_{field}") if text else 0
+
     def check(self) -> None:
-        """Raises InvalidRequest for a malformed rate, NotSupported for a limit or egress."""
-        for field in ("bandwidth_download", "bandwidth_upload"):
-            text: str | None = getattr(self, field)
-            if text:
-                check_rate(text, code=f"invalid_{field}")
-                raise unsupported(f"network.{field}")
+        """Raises NotSupported for egress."""
         if self.egress is not None and self.egress.enabled:
             raise unsupported("network.egress")
 
@@ -157,13 +155,6 @@ def unsupported(field: str) -> NotSupported:
     return NotSupported(
         f"{field} is not supported by this server", hint=f"leave {field} out", field=field
     )
-
-
-def check_rate(text: str, *, code: str) -> None:
-    """A rate: bits (``1Gbps``) or bytes (``125MB/s``). Raises InvalidRequest with ``code``."""
-    if _BITS.fullmatch(text):
-        return
-    parse_size(text.strip().removesuffix("/s").removesuffix("ps"), code=code)
 
 
 def check_auto_standby(policy: AutoStandbyPolicy | None) -> None:

@@ -125,7 +125,10 @@ class DiskBreakdown(Answer):
 
 
 class ResourceAllocation(Answer):
-    """What one instance has; without a VMM no vCPUs and no memory."""
+    """What one instance has; without a VMM no vCPUs, no memory and no limits.
+
+    The contract's ``bps`` are bytes a second; 0 is no limit.
+    """
 
     instance_id: str
     instance_name: str

@@ -29,6 +29,11 @@ def cp(
     """Copy a file or directory into or out of an instance."""
     client: Client = context.obj
     from_guest, to_guest = _split(source), _split(target)
+    if "-" in (source, target):
+        raise InvalidRequest(
+            "cp copies files, not streams",
+            hint="use exec: `stillframe exec -i web sh -c 'tar x -C /srv' < site.tar`",
+        )
     if (from_guest is None) == (to_guest is None):
         raise typer.BadParameter("exactly one side must be INSTANCE:PATH")
     with output.working(f"copying {source}"):

@@ -117,9 +117,12 @@ def tag(
 @app.command()
 def rm(context: typer.Context, names: list[str]) -> None:
     """Forget images that nothing needs."""
-    for name in names:
+
+    def remove(name: str) -> None:
         context.obj.request("DELETE", image_path(name))
         print(name)
+
+    output.each(names, "removing", remove)
 
 
 def _credentials(username: str | None, from_stdin: bool) -> dict[str, str] | None:

@@ -52,6 +52,13 @@ def run(
     compress: Compression = None,
     compress_delay: CompressDelay = None,
     expires: Expiry = None,
+    disk_io: Annotated[
+        str | None, typer.Option("--disk-io", help="Limit of each disk, for example 100MB/s.")
+    ] = None,
+    bandwidth_down: Annotated[
+        str | None, typer.Option("--bandwidth-down", help="For example 1Gbps or 125MB/s.")
+    ] = None,
+    bandwidth_up: Annotated[str | None, typer.Option("--bandwidth-up")] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it runs.")] = True,
     as_json: JsonFlag = False,
 ) -> None:
@@ -68,17 +75,27 @@ def run(
         "tags": parse_pairs(tag, "--tag") or None,
         "entrypoint": [entrypoint] if entrypoint else None,
         "cmd": guest_command(command) or None,
-        "network": None if network else {"enabled": False},
+        "network": _given(
+            enabled=None if network else False,
+            bandwidth_download=bandwidth_down,
+            bandwidth_upload=bandwidth_up,
+        )
+        or None,
+        "disk_io_bps": disk_io,
         "snapshot_policy": _policy(compress, compress_delay),
         **(expiry_body(expires) if expires else {}),
     }
-    body = {key: value for key, value in wishes.items() if value is not None}
+    body = _given(**wishes)
     with output.working(f"booting {body['name']}"):
         instance = client.request("POST", "/instances", body=body)
         if wait:
             _wait_for(client, instance["id"], "Running", "2m")
             instance = client.request("GET", instance_path(instance["id"]))
     _show(instance, as_json)
+
+
+def _given(**wishes: Any) -> dict[str, Any]:
+    return {key: value for key, value in wishes.items() if value is not None}
 
 
 def ps(

@@ -13,7 +13,6 @@ from stillframe.cli.output import JsonFlag
 from stillframe.model.units import format_size
 
 app = typer.Typer(help="Schedules: snapshots taken by themselves.", no_args_is_help=True)
-Count = Annotated[int | None, typer.Option(min=0)]
 
 
 @app.command()
@@ -28,24 +27,44 @@ def set_(
     instance: Reference,
     every: Annotated[str | None, typer.Option("--every", help="Interval: 1h30m.")] = None,
     cron: Annotated[str | None, typer.Option("--cron", help="'0 3 * * *', in UTC.")] = None,
-    max_count: Annotated[int | None, typer.Option(min=0, help="Keep at most so many.")] = None,
-    max_age: Annotated[str | None, typer.Option(help="Keep none that is older: 168h.")] = None,
-    keep_last: Annotated[int | None, typer.Option(min=0, help="Always keep the newest.")] = None,
-    hourly: Annotated[int | None, typer.Option(min=0, help="Keep the last of so many.")] = None,
-    daily: Count = None,
-    weekly: Count = None,
-    monthly: Count = None,
-    minimum_age: Annotated[str | None, typer.Option(help="Delete none that is younger.")] = None,
-    prefix: Annotated[str | None, typer.Option("--prefix", help="Of the names.")] = None,
+    max_count: Annotated[int | None, typer.Option(min=0, help="Number to keep at most.")] = None,
+    max_age: Annotated[str | None, typer.Option(help="Age to keep at most: 168h.")] = None,
+    keep_last: Annotated[
+        int | None, typer.Option(min=0, help="Number of newest ones to keep always.")
+    ] = None,
+    hourly: Annotated[
+        int | None, typer.Option(min=0, help="Number of hours of which to keep the last.")
+    ] = None,
+    daily: Annotated[
+        int | None, typer.Option(min=0, help="Number of days of which to keep the last.")
+    ] = None,
+    weekly: Annotated[
+        int | None, typer.Option(min=0, help="Number of weeks of which to keep the last.")
+    ] = None,
+    monthly: Annotated[
+        int | None, typer.Option(min=0, help="Number of months of which to keep the last.")
+    ] = None,
+    minimum_age: Annotated[
+        str | None, typer.Option(help="Age below which none is deleted: 24h.")
+    ] = None,
+    prefix: Annotated[
+        str | None, typer.Option("--prefix", help="Beginning of the snapshots' names.")
+    ] = None,
     tag: Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="KEY=VALUE")] = None,
     paused: Annotated[bool, typer.Option("--paused", help="Set it, but let it rest.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Make or replace the schedule of an instance."""
+    if bool(every) == bool(cron):
+        raise typer.BadParameter("say when: --every 6h, or --cron '0 3 * * *'")
     policy = {
         "keep_last": keep_last, "hourly": hourly, "daily": daily, "weekly": weekly,
         "monthly": monthly, "minimum_age": minimum_age,
     }  # fmt: skip
+    if not _given({**policy, "max_count": max_count, "max_age": max_age}):
+        raise typer.BadParameter(
+            "say what to keep: --max-count, --max-age, --keep-last, --daily, …"
+        )
     body = {
         "interval": every,
         "cron": cron,
@@ -101,9 +120,12 @@ def explain(context: typer.Context, instance: Reference, as_json: JsonFlag = Fal
 @app.command()
 def rm(context: typer.Context, instances: list[str]) -> None:
     """End schedules; the snapshots they took stay."""
-    for instance in instances:
+
+    def end(instance: str) -> None:
         context.obj.request("DELETE", _path(instance))
         print(instance)
+
+    output.each(instances, "ending the schedule of", end)
 
 
 def _path(instance: str, *more: str) -> str:

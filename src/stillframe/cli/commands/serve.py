@@ -15,6 +15,8 @@ import typer
 from stillframe.cli.client import Client
 from stillframe.cli.commands.tokens import mint_token, read_secret
 from stillframe.cli.settings import Settings, load_settings
+from stillframe.model.errors import InvalidRequest
+from stillframe.model.scopes import SCOPES
 from stillframe.model.units import parse_duration
 
 
@@ -55,11 +57,18 @@ def token(
     subject: Annotated[str, typer.Option("--subject", help="Who it is for.")] = "user",
     lifetime: Annotated[str, typer.Option("--lifetime", help="For example 12h.")] = "24h",
     permission: Annotated[
-        list[str] | None, typer.Option("--permission", "-p", help="Scope; default: full access.")
+        list[str] | None,
+        typer.Option(
+            "--permission", "-p", help="A scope such as snapshot:read; default: full access."
+        ),
     ] = None,
 ) -> None:
     """Print a token signed with the local server's secret."""
     client: Client = context.obj
+    if unknown := sorted(set(permission or ()) - SCOPES):
+        raise InvalidRequest(
+            f"there is no scope {', '.join(unknown)}", hint=f"there are {', '.join(sorted(SCOPES))}"
+        )
     secret = read_secret(client.settings.data_dir)
     print(
         mint_token(

@@ -36,6 +36,12 @@ def read_secret(data_dir: Path) -> bytes:
     path = data_dir / "jwt-secret"
     try:
         return path.read_bytes().strip()
+    except FileNotFoundError as error:
+        raise NotFound(
+            f"no server has run on {data_dir}",
+            hint="start `stillframe serve` first, or name a server with STILLFRAME_URL and its "
+            "token with STILLFRAME_TOKEN",
+        ) from error
     except OSError as error:
         raise NotFound(
             f"cannot read the server's secret {path}: {error.strerror}",

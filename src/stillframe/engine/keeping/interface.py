@@ -100,13 +100,19 @@ class Allotment:
 
 @dataclass(frozen=True, slots=True)
 class InstanceShare:
-    """What one instance takes: nothing but disk while it has no VMM."""
+    """What one instance takes, nothing but disk while it has no VMM.
+
+    Limits are bytes a second, 0 where there is none.
+    """
 
     instance_id: str
     instance_name: str
     cpu: int
     memory_bytes: int
     disk_bytes: int
+    network_download_bps: int = 0
+    network_upload_bps: int = 0
+    disk_io_bps: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,9 @@ def _share(instance: Instance) -> InstanceShare:
         cpu=instance.vcpus if runs else 0,
         memory_bytes=instance.memory_bytes if runs else 0,
         disk_bytes=instance.overlay_bytes,
+        network_download_bps=instance.limits.download if runs else 0,
+        network_upload_bps=instance.limits.upload if runs else 0,
+        disk_io_bps=instance.limits.disk if runs else 0,
     )
 
 

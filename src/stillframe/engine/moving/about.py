@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 from stillframe.engine.context import Context
@@ -20,7 +20,7 @@ from stillframe.engine.verbs.create import check_command_text, check_environment
 from stillframe.model.errors import DamagedData, InvalidRequest
 from stillframe.model.schedules import INSTANCE_TAG, SCHEDULED_TAG, check_snapshot_tags
 from stillframe.model.states import InstanceState
-from stillframe.model.units import MIB, check_name, check_tags, is_id, to_utc
+from stillframe.model.units import MAX_RATE, MIB, check_name, check_tags, is_id, to_utc
 from stillframe.model.values import CompressionState, Instance, Snapshot, SnapshotKind
 from stillframe.store.manifest import FileEntry, file_entries
 from stillframe.store.records import from_json
@@ -108,6 +108,7 @@ def _template(context: Context, told: Snapshot, manifest: Mapping[str, Any]) -> 
         and _DIGEST.fullmatch(template.image_digest)
         and _PAIR.fullmatch(template.boot)
         and template.hypervisor is told.source_hypervisor
+        and all(0 <= rate <= MAX_RATE for rate in astuple(template.limits))
     )
     if not good:
         raise _refused("it tells of an instance that cannot be")

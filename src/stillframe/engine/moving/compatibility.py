@@ -11,8 +11,8 @@ from stillframe.engine.context import Context
 from stillframe.engine.keeping.interface import Compatibility
 from stillframe.engine.machines import foreign_to
 from stillframe.model.errors import MissingComponent, NotFound, NotSupported, StillframeError
-from stillframe.model.values import Hypervisor, Instance, Snapshot, SnapshotKind
-from stillframe.vmm.driver import DEVICE_LAYOUT
+from stillframe.model.values import DeviceLimits, Hypervisor, Instance, Snapshot, SnapshotKind
+from stillframe.vmm.driver import DEVICE_LAYOUT, unkept
 
 
 async def compatibility(context: Context, snapshot_id: str) -> Compatibility:
@@ -46,14 +46,16 @@ async def machine_reasons(
         if not boot_pair_comes and not await _has_boot_pair(context, snapshot.template):
             against.append("its memory belongs to a kernel and initrd that are not here")
         return against, advice
+    limits = snapshot.template.limits
     available = [
         driver.hypervisor.value
         for driver in context.drivers.values()
-        if (await driver.probe()).available
+        if (await driver.probe()).available and not unkept(limits, driver.limits)
     ]
     wanted = snapshot.source_hypervisor.value
     if not available:
-        return ["no hypervisor is available"], []
+        keeping = "" if limits == DeviceLimits() else " that can keep its limits"
+        return [f"no hypervisor is available{keeping}"], []
     if wanted in available:
         return [], []
     return [], [f"{wanted} is not available: fork it with target_hypervisor {available[0]}"]
@@ -61,7 +63,7 @@ async def machine_reasons(
 
 async def _memory_reasons(context: Context, template: Instance) -> tuple[list[str], list[str]]:
     try:
-        _, probe = await context.available_driver(template.hypervisor)
+        _, probe = await context.available_driver(template.hypervisor, template.limits)
     except NotSupported as error:
         return [error.message], []
     reasons, advice = foreign_to(template, probe), []

@@ -39,7 +39,7 @@ async def create(context: Context, request: CreateRequest) -> Instance:
     StorageFull, VmmFailure; then nothing of it is left.
     """
     wanted = _checked(context, request)
-    await context.available_driver(context.offered(wanted.hypervisor))
+    await context.available_driver(context.offered(wanted.hypervisor), wanted.limits)
     image = await context.images.ensure(request.image, platform=request.platform)
     expires_at = deadline(context, request.expires_at, request.lifetime)  # not before the pull
     instance = replace(
@@ -107,6 +107,7 @@ def _checked(context: Context, request: CreateRequest) -> Instance:
         cmd=None if request.cmd is None else tuple(request.cmd),
         network_enabled=request.network_enabled,
         snapshot_policy=request.snapshot_policy,
+        limits=request.limits,
     )
 
 

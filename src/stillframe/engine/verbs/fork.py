@@ -82,7 +82,7 @@ async def target_hypervisor_of(
             "target_hypervisor is only possible for Stopped snapshots",
             hint="memory can only run under the hypervisor that captured it",
         )
-    await context.available_driver(context.offered(wanted))
+    await context.available_driver(context.offered(wanted), snapshot.template.limits)
     return wanted
 
 

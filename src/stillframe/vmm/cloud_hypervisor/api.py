@@ -31,11 +31,15 @@ def configuration(
     tap: str | None = None,
     mac: str = GUEST_MAC,
     confined: bool = False,
+    disk_rate: int = 0,
+    network_rate: int = 0,
 ) -> dict[str, Any]:
     """A VM as ``VmConfig``, which is what it is booted with and what it is restored with.
 
     ``disks`` are paths, and whether each is read-only; ``tap`` is a network device of the host,
     ``mac`` the guest's address on it; ``confined`` has it give up all other files, by Landlock.
+    ``disk_rate`` limits each disk, ``network_rate`` either direction, in bytes a second; 0 is no
+    limit.
     """
     payload = {"kernel": KERNEL, "cmdline": arguments}
     if initrd:
@@ -44,7 +48,10 @@ def configuration(
         "cpus": {"boot_vcpus": spec.vcpus, "max_vcpus": spec.vcpus},
         "memory": {"size": 0, "zones": [_zone(spec)]},
         "payload": payload,
-        "disks": [_disk(index, path, readonly) for index, (path, readonly) in enumerate(disks)],
+        "disks": [
+            _disk(index, path, readonly) | _limiter(disk_rate)
+            for index, (path, readonly) in enumerate(disks)
+        ],
         "rng": {"src": "/dev/urandom"},
         # Not a file: that would be emptied at every restore. The standard output appends.
         "serial": {"mode": "Tty"},
@@ -52,7 +59,7 @@ def configuration(
         "vsock": {"id": "vsock", "cid": GUEST_CID, "socket": VSOCK},
     }
     if tap is not None:
-        config["net"] = [{"id": "net", "tap": tap, "mac": mac}]
+        config["net"] = [{"id": "net", "tap": tap, "mac": mac} | _limiter(network_rate)]
     if confined:
         # What may be opened that the configuration does not name.
         config |= {"landlock_enable": True, "landlock_rules": [{"path": ".", "access": "rw"}]}
@@ -73,6 +80,12 @@ def _disk(index: int, path: str, readonly: bool) -> dict[str, Any]:
         # Unstated, it tells of the host's file, which is another in every fork.
         "serial": f"stillframe{index}",
     }
+
+
+def _limiter(rate: int) -> dict[str, Any]:
+    """What limits a device: so many bytes every 1000 ms."""
+    bucket = {"size": rate, "refill_time": 1000}
+    return {"rate_limiter_config": {"bandwidth": bucket}} if rate else {}
 
 
 def create(config: Mapping[str, Any]) -> Call:

@@ -37,6 +37,7 @@ from stillframe.vmm.cloud_hypervisor.state import SavedState
 from stillframe.vmm.driver import (
     GUEST_MAC,
     DriverProbe,
+    Limit,
     MachineResources,
     MachineSpec,
     check_shape,
@@ -45,7 +46,7 @@ from stillframe.vmm.isolation.command import TAP, apart, check_launch, find_upli
 from stillframe.vmm.kvm import kvm_reason
 from stillframe.vmm.logs import explained, log_size
 from stillframe.vmm.names import give_names, remove_names
-from stillframe.vmm.probing import FEATURES, ProbeOnce
+from stillframe.vmm.probing import ProbeOnce, features
 from stillframe.vmm.versions import Version, refuse_known_bad
 from stillframe.vmm.vsock import AGENT_ARGUMENT
 
@@ -58,6 +59,9 @@ class CloudHypervisorDriver:
     """Cloud Hypervisor on KVM. Implements ``Driver``."""
 
     hypervisor = Hypervisor.CLOUD_HYPERVISOR
+    # One figure for a network device: Cloud Hypervisor makes a limiter of it for either direction
+    # (virtio-devices/src/net.rs, ``rate_limiter_config``; 51.0 to 53.0).
+    limits = frozenset({Limit.DISK, Limit.BANDWIDTH_ALIKE})
 
     def __init__(
         self,
@@ -76,7 +80,9 @@ class CloudHypervisorDriver:
 
     async def _look(self) -> DriverProbe:
         version = ".".join(map(str, await self._examine()))
-        return DriverProbe(self.hypervisor, True, version, "kvm", processor(), FEATURES)
+        return DriverProbe(
+            self.hypervisor, True, version, "kvm", processor(), features(self.limits)
+        )
 
     async def _examine(self) -> Version:
         binary = shutil.which(self._binary)
@@ -206,4 +212,6 @@ def _configuration(
         tap=TAP if spec.network else None,
         mac=mac or GUEST_MAC,
         confined=landlock_version() >= _LANDLOCK,
+        disk_rate=resources.limits.disk,
+        network_rate=resources.limits.download,  # and of uploads: see ``limits``
     )

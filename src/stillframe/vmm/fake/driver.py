@@ -22,13 +22,14 @@ from stillframe.model.values import Hypervisor, ProcessIdentity
 from stillframe.vmm.driver import (
     AgentStream,
     DriverProbe,
+    Limit,
     MachineResources,
     MachineSpec,
     MachineStatus,
     NoDiskCopies,
 )
 from stillframe.vmm.logs import explained
-from stillframe.vmm.probing import FEATURES
+from stillframe.vmm.probing import features
 from stillframe.vmm.tracking import tracking_environment
 
 _PACKAGE_ROOT = Path(__file__).resolve().parents[3]
@@ -160,6 +161,8 @@ class FakeDriver:
     """The fake hypervisor. Implements ``Driver``."""
 
     hypervisor = Hypervisor.FAKE
+    # It has no devices that could be too fast; limits are taken, kept and told like others.
+    limits = frozenset({Limit.DISK, Limit.BANDWIDTH})
 
     def __init__(self, tracker: Path | None = None) -> None:
         """``tracker`` is the library that has writes to guest memory tracked, if there is one."""
@@ -167,7 +170,7 @@ class FakeDriver:
 
     async def probe(self) -> DriverProbe:
         """It works wherever this interpreter does."""
-        return DriverProbe(self.hypervisor, True, _VERSION, "none", features=FEATURES)
+        return DriverProbe(self.hypervisor, True, _VERSION, "none", features=features(self.limits))
 
     async def start(self, spec: MachineSpec, resources: MachineResources) -> FakeMachine:
         """Spawn a process; with device state it stands still. Nothing is left on failure.

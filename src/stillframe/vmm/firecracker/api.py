@@ -94,15 +94,33 @@ def entropy() -> Call:
 
 def network(tap: str, *, download: RateLimit | None, upload: RateLimit | None) -> Call:
     """The network device, by a tap device of the host. ``download`` is what the guest receives."""
-    body: dict[str, Any] = {
+    body = {
         "iface_id": NETWORK_INTERFACE,
         "host_dev_name": tap,
         "guest_mac": GUEST_MAC,
+        **_limiters(download, upload),
     }
-    for name, limit in (("rx_rate_limiter", download), ("tx_rate_limiter", upload)):
-        if limit is not None:
-            body[name] = {"bandwidth": limit.body()}
     return Call("PUT", f"/network-interfaces/{NETWORK_INTERFACE}", body)
+
+
+def limit_drive(index: int, bandwidth: RateLimit) -> Call:
+    """Another limit for a disk of a VM that was loaded."""
+    name = f"disk{index}"
+    body = {"drive_id": name, "rate_limiter": {"bandwidth": bandwidth.body()}}
+    return Call("PATCH", f"/drives/{name}", body)
+
+
+def limit_network(*, download: RateLimit | None, upload: RateLimit | None) -> Call:
+    """Other limits for the network device of a VM that was loaded; None leaves one as it is."""
+    body = {"iface_id": NETWORK_INTERFACE, **_limiters(download, upload)}
+    return Call("PATCH", f"/network-interfaces/{NETWORK_INTERFACE}", body)
+
+
+def _limiters(download: RateLimit | None, upload: RateLimit | None) -> dict[str, Any]:
+    limits = {"rx_rate_limiter": download, "tx_rate_limiter": upload}
+    return {
+        name: {"bandwidth": limit.body()} for name, limit in limits.items() if limit is not None
+    }
 
 
 def start() -> Call:

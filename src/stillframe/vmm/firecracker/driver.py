@@ -23,7 +23,7 @@ from stillframe.host.sockets import connect_socket
 from stillframe.host.watch import file_changes
 from stillframe.model.errors import HostFailure, MissingComponent, VmmFailure
 from stillframe.model.values import Hypervisor, ProcessIdentity
-from stillframe.vmm.driver import DriverProbe, MachineResources, MachineSpec, check_shape
+from stillframe.vmm.driver import DriverProbe, Limit, MachineResources, MachineSpec, check_shape
 from stillframe.vmm.firecracker import api
 from stillframe.vmm.firecracker.isolation import Seen, SharedDirectory, confined
 from stillframe.vmm.firecracker.machine import FirecrackerMachine
@@ -36,7 +36,7 @@ from stillframe.vmm.isolation.command import (
 )
 from stillframe.vmm.kernel import uncompressed_kernel
 from stillframe.vmm.logs import explained, log_size
-from stillframe.vmm.probing import FEATURES, ProbeOnce
+from stillframe.vmm.probing import ProbeOnce, features
 from stillframe.vmm.unix_http import Call
 from stillframe.vmm.versions import refuse_known_bad
 from stillframe.vmm.vsock import AGENT_ARGUMENT
@@ -56,6 +56,7 @@ class FirecrackerDriver:
     """Firecracker on KVM. Implements ``Driver``."""
 
     hypervisor = Hypervisor.FIRECRACKER
+    limits = frozenset({Limit.DISK, Limit.BANDWIDTH})
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class FirecrackerDriver:
     async def _look(self) -> DriverProbe:
         version = self._version = await self._examine()
         text = ".".join(map(str, version))
-        return DriverProbe(self.hypervisor, True, text, "kvm", processor(), FEATURES)
+        return DriverProbe(self.hypervisor, True, text, "kvm", processor(), features(self.limits))
 
     async def _examine(self) -> api.Version:
         found = find_program(self._name)
@@ -239,6 +240,22 @@ async def _configure(
     if found != (spec.vcpus, spec.memory_bytes):
         raise VmmFailure(
             f"the device state is of a VM with {found[0]} vCPUs and {found[1]} bytes of memory"
+        )
+    for call in _limit_calls(spec, resources):
+        await machine.call(call)
+
+
+def _limit_calls(spec: MachineSpec, resources: MachineResources) -> Iterator[Call]:
+    """Limits of a VM that was loaded. Its state has them too, but that may come from elsewhere."""
+    limits = resources.limits
+    bandwidth = api.RateLimit.per_second(limits.disk)
+    if bandwidth is not None:
+        for index in range(len(resources.disks)):
+            yield api.limit_drive(index, bandwidth)
+    if spec.network and (limits.download or limits.upload):
+        yield api.limit_network(
+            download=api.RateLimit.per_second(limits.download),
+            upload=api.RateLimit.per_second(limits.upload),
         )
 
 

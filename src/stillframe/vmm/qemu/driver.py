@@ -26,13 +26,14 @@ from stillframe.model.values import Hypervisor, ProcessIdentity
 from stillframe.vmm.driver import (
     AgentStream,
     DriverProbe,
+    Limit,
     MachineResources,
     MachineSpec,
     MachineStatus,
     check_shape,
 )
 from stillframe.vmm.logs import explained
-from stillframe.vmm.probing import FEATURES, ProbeOnce
+from stillframe.vmm.probing import ProbeOnce, features
 from stillframe.vmm.qemu.boards import BOARDS
 from stillframe.vmm.qemu.command import QemuBuild, command_line
 from stillframe.vmm.qemu.copies import DiskCopies
@@ -201,6 +202,8 @@ class QemuMachine:
 class QemuDriver:
     """One of QEMU's machines. Implements ``Driver``."""
 
+    limits = frozenset({Limit.DISK})  # its user-mode network has no limit
+
     def __init__(
         self,
         binary: str = "qemu-system-x86_64",
@@ -231,8 +234,8 @@ class QemuDriver:
     async def _look(self) -> DriverProbe:
         build = self._build = await self._examine()
         return DriverProbe(
-            self.hypervisor, True, build.version_text, build.accelerator, build.processor, FEATURES,
-            reason=self._against_kvm,
+            self.hypervisor, True, build.version_text, build.accelerator, build.processor,
+            features(self.limits), reason=self._against_kvm,
         )  # fmt: skip
 
     async def _examine(self) -> QemuBuild:

@@ -30,6 +30,7 @@ from stillframe.model.values import Hypervisor, ProcessIdentity
 from stillframe.vmm.driver import (
     AgentStream,
     DriverProbe,
+    Limit,
     MachineResources,
     MachineSpec,
     MachineStatus,
@@ -37,7 +38,7 @@ from stillframe.vmm.driver import (
     check_shape,
 )
 from stillframe.vmm.logs import explained, log_end, log_size
-from stillframe.vmm.probing import FEATURES, ProbeOnce
+from stillframe.vmm.probing import ProbeOnce, features
 from stillframe.vmm.vsock import AGENT_ARGUMENT, AGENT_VSOCK_PORT, dial_vsock
 from stillframe.vmm.vz.probe import (
     PlatformFacts,
@@ -193,6 +194,7 @@ class VzDriver:
     """Virtualization.framework. Implements ``Driver``."""
 
     hypervisor = Hypervisor.VZ
+    limits = frozenset[Limit]()  # the framework has none
 
     def __init__(self, facts: PlatformFacts | None = None) -> None:
         """``facts`` are those of this host unless given."""
@@ -206,7 +208,9 @@ class VzDriver:
     async def _look(self) -> DriverProbe:
         check_facts(self._facts)
         await ask_framework(self._facts.interpreter)
-        return DriverProbe(self.hypervisor, True, self._facts.release, "vz", features=FEATURES)
+        return DriverProbe(
+            self.hypervisor, True, self._facts.release, "vz", features=features(self.limits)
+        )
 
     async def start(self, spec: MachineSpec, resources: MachineResources) -> VzMachine:
         """Spawn a shim; boot, or restore and stand still. Nothing is left on failure.

@@ -341,7 +341,7 @@ def _settle(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], outcom
     def settle() -> None:
         if future.done():  # given up meanwhile
             if isinstance(outcome, AppleConnection):
-                outcome.close()
+                AppleConnection.close(outcome)
             return
         if isinstance(outcome, FrameworkFailure):
             future.set_exception(outcome)
