@@ -258,15 +258,37 @@ def _imported(stage: Stage) -> bool:
 
 
 # -- images ---------------------------------------------------------------------------------------
-def _other_image(stage: Stage) -> Answer:
-    tar = layer(("etc/hostname", b"other\n"), ("bin/true", b"#!/bin/sh\n"))
+def _other_image(stage: Stage, content: bytes = b"other\n") -> Answer:
+    tar = layer(("etc/hostname", content), ("bin/true", b"#!/bin/sh\n"))
     return _told(stage.world.transfer("POST", f"/images/import?name={_OTHER_IMAGE}", tar))
+
+
+def _newer_image(stage: Stage) -> Answer:
+    return _other_image(stage, b"newer\n")
+
+
+def _digest_of_other(stage: Stage) -> str | None:
+    """The digest of the other image, if it is there."""
+    images = {image["name"]: image for image in stage.world.must("GET", "/images")}
+    found = [images[name] for name in images if name.endswith(f"{_OTHER_IMAGE}:latest")]
+    return found[0]["digest"] if found else None
 
 
 def _has_other(stage: Stage) -> bool:
     """Whether the other image is there; if it is, an instance can be made of it."""
-    images = {image["name"]: image for image in stage.world.must("GET", "/images")}
-    return any(name.endswith(f"{_OTHER_IMAGE}:latest") for name in images)
+    return _digest_of_other(stage) is not None
+
+
+def _is_newer(stage: Stage) -> bool:
+    """Whether the other image was made anew; an instance can be made of the old or the new one."""
+    if not _usable_other(stage):
+        raise Violation("the image made anew is gone")
+    return _digest_of_other(stage) != stage.subject
+
+
+def _note_other(stage: Stage) -> None:
+    _make_other(stage)
+    stage.subject = _digest_of_other(stage) or ""
 
 
 def _usable_other(stage: Stage) -> bool:
@@ -398,6 +420,7 @@ MORE_VERBS = (
     Verb("import with its image", _import, _imported_with_image, _archive_with_image,
          _remove_imported),
     Verb("make image", _other_image, _usable_other, cleanup=_remove_other),
+    Verb("make image anew", _newer_image, _is_newer, _note_other, _remove_other),
     Verb("delete image", _delete_other, _no_other, _make_other, _remove_other),
     Verb("edit snapshot", _edit, _edited, take_subject, _unpin_and_delete),
     Verb("set schedule", _set_schedule, _has_schedule, fork_subject, delete_named),

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from stillframe.cli.main import app
 from stillframe.model.errors import HostFailure, StillframeError
+from stillframe.model.units import is_id
 
 DATA = bytes(range(256)) * 5000
 TAG = "5" * 32
@@ -87,6 +88,7 @@ class Shaky:
 
             def do_POST(self) -> None:
                 query = self.query()
+                assert is_id(query["upload"])
                 if query["upload"] != shaky.upload:
                     shaky.upload, shaky.whole = query["upload"], False
                     shaky.received.clear()

@@ -388,6 +388,21 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def remove_at_once(path: Path, doomed: Path) -> None:
+    """Remove a tree that gets the name ``doomed`` first, so that a crash leaves no part of it.
+
+    Absent is fine. On a full disk even that may not be possible: then as ``remove_tree``. Raises
+    OSError.
+    """
+    try:
+        path.rename(doomed)
+    except FileNotFoundError:
+        return
+    except OSError:
+        doomed = path
+    remove_tree(doomed)
+
+
 def available_bytes(path: Path) -> int:
     """Bytes an unprivileged writer may still use on the file system of ``path``."""
     status = os.statvfs(path)

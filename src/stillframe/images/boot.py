@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from stillframe.host.files import remove_tree, storage_errors
+from stillframe.host.files import remove_at_once, remove_tree, storage_errors
 from stillframe.images.initrd import build_initrd, select_modules
 from stillframe.model.errors import HostFailure, InvalidRequest, MissingComponent, StorageFull
 
@@ -129,10 +128,8 @@ def sweep_boot_pairs(destination_root: Path) -> None:
 
 def remove_boot_pair(destination_root: Path, digest: str) -> None:
     """Remove a pair that nobody needs; none is fine. Raises OSError."""
-    doomed = destination_root / f".new-{digest}"  # what is left of it goes as if half-made
-    with contextlib.suppress(FileNotFoundError):
-        (destination_root / digest).rename(doomed)
-        remove_tree(doomed)
+    # What a crash leaves of it goes as if it were half-made.
+    remove_at_once(destination_root / digest, destination_root / f".new-{digest}")
 
 
 def load_boot_pair(destination_root: Path, digest: str) -> BootPair:

@@ -22,7 +22,13 @@ from typing import Any, Protocol, TypeVar
 
 from pydantic import TypeAdapter
 
-from stillframe.host.files import fsync_directory, fsync_file, remove_tree, storage_errors
+from stillframe.host.files import (
+    fsync_directory,
+    fsync_file,
+    remove_at_once,
+    remove_tree,
+    storage_errors,
+)
 from stillframe.images.base import BASE_CONFIG, find_busybox, write_base_tar
 from stillframe.images.disk import build_root_disk
 from stillframe.images.layers import MergedLayers
@@ -383,10 +389,10 @@ class ImageLibrary:
     @contextlib.contextmanager
     def _staging(self) -> Iterator[Path]:
         staging = self.new_staging()
-        with storage_errors("make an image"):
-            staging.mkdir(mode=0o700)
-            (staging / "blobs").mkdir(mode=0o700)
         try:
+            with storage_errors("make an image"):
+                staging.mkdir(mode=0o700)
+                (staging / "blobs").mkdir(mode=0o700)
             yield staging
         finally:
             remove_tree(staging)
@@ -453,11 +459,8 @@ class ImageLibrary:
             return
         if self._named(digest) or self._records.need_image(digest):
             return
-        home, doomed = self._home(digest), self.new_staging()
         try:
-            with contextlib.suppress(FileNotFoundError):
-                home.rename(doomed)  # at once, or a crash would leave a part that looks whole
-                remove_tree(doomed)
+            remove_at_once(self._home(digest), self.new_staging())
         except OSError as error:
             log.warning("the disk of image %s cannot be removed: %s", digest, error)
 

@@ -176,10 +176,8 @@ def _to_file(download: _Download, final: Path, force: bool, advance: Callable[[i
     try:
         for part in _parts(final):  # of an export that was broken off
             with _opened(part, "r+b") as sink:
-                download.tag, download.received = (
-                    part.name.split(".")[-2],
-                    sink.seek(0, os.SEEK_END),
-                )
+                download.tag = part.name.split(".")[-2]
+                download.received = sink.seek(0, os.SEEK_END)
                 advance(download.received)
                 try:
                     return _fill(part, sink, download, final, advance)
@@ -316,7 +314,7 @@ def _upload_id(source: IO[bytes], query: dict[str, str]) -> str:
     if not source.seekable():
         return new_id()
     told = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, sorted(query.items()))
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:24]
+    return "u" + hashlib.sha256(repr(told).encode()).hexdigest()[:23]
 
 
 def _begun(client: Client, upload: str) -> int | None:
