@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ async def asked(engine: Engine, verb: str) -> Coroutine[Any, Any, Any]:
     source = await running(engine)
     taken = await engine.snapshot(source.id, kind=LIVE)
     await engine.standby(source.id)
-    return {
+    requests: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
         "create": lambda: engine.create(CreateRequest("new", "stillframe/base")),
         "fork of a snapshot": lambda: engine.fork_snapshot(taken.id, ForkRequest("new")),
         "fork of an instance": lambda: engine.fork(source.id, name="new"),
@@ -64,7 +64,8 @@ async def asked(engine: Engine, verb: str) -> Coroutine[Any, Any, Any]:
         "restore in place": lambda: engine.restore_snapshot(
             source.id, taken.id, target_state=InstanceState.RUNNING
         ),
-    }[verb]()
+    }
+    return requests[verb]()
 
 
 @pytest.mark.parametrize("impatient", [1, 3])
