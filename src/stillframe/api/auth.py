@@ -1,4 +1,4 @@
-"""Who may do what: JWT bearer tokens and one scope per route (contract section 1.3).
+"""Who may do what: JWT bearer tokens and one scope per route.
 
 A route says ``openapi_extra=needs("instance:read")`` on a router whose ``route_class`` is
 ``ScopedRoute``; a WebSocket says ``dependencies=[Depends(RequiredScope("instance:write"))]``. A
@@ -42,7 +42,7 @@ class Authenticator:
     def claims(self, header: str | None) -> Mapping[str, Any]:
         """The verified claims of an Authorization header. Raises Unauthorized.
 
-        A token must expire; one made for the registry (contract section 1.3) is refused.
+        A token must expire; one made for the registry is refused.
         """
         if not header:
             raise Unauthorized("authorization header required")

@@ -1,8 +1,7 @@
 """What is turned away before any route sees it: oversized bodies and smuggled slashes.
 
 Also the parts of a request that FastAPI does not read by itself: the engine, and
-``tags[key]=value`` filters (contract section 1.2); and the listener that answers ``/metrics`` alone
-(section 1.3).
+``tags[key]=value`` filters; and the listener that answers ``/metrics`` alone.
 """
 
 from __future__ import annotations

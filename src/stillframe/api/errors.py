@@ -1,4 +1,4 @@
-"""Errors as answers (contract section 1.4): one body, two families of codes.
+"""Errors as answers: one body, two families of codes.
 
 Refusals by the request layer (shape, auth, unknown route) bear the HTTP status text as their code,
 those by the engine its snake_case code. Facts and the hint are in ``details``. What the caller must
@@ -134,7 +134,7 @@ def _text(value: object) -> str:
 
 
 def _retry_advice(connection: HTTPConnection, error: StillframeError) -> dict[str, str]:
-    # Clients repeat 409 and 5xx, POST included, unless told otherwise (contract section 1.1).
+    # Clients repeat 409 and 5xx, POST included, unless told otherwise.
     if isinstance(error, RateLimited):
         return {"Retry-After": "1"}
     method = connection.scope.get("method", "GET")
@@ -186,7 +186,7 @@ async def _reply(connection: HTTPConnection, response: Response) -> Response | N
 
 @contextmanager
 def contract_codes(codes: Mapping[type[StillframeError], str]) -> Iterator[None]:
-    """Give errors of these classes the code the contract wants for this operation (section 5)."""
+    """Give errors of these classes the code the contract wants for this operation."""
     try:
         yield
     except StillframeError as error:

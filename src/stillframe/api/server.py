@@ -39,7 +39,7 @@ _LOG = logging.getLogger("stillframe.server")
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Streams (exec, followed logs) may outlast a stop request by at most this many seconds.
 _GRACE_SECONDS = 3
-# Above the client's keep-alive of 5 s, so that the server never closes first (components.md).
+# Above the client's keep-alive of 5 s, so that the server never closes first.
 _KEEP_ALIVE_SECONDS = 30
 
 

@@ -13,7 +13,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from stillframe.model.errors import InvalidRequest
 
-# The SDK refuses messages over 1 MiB; the contract's server sends 32 KiB at a time (section 4).
+# The SDK refuses messages over 1 MiB; the contract's server sends 32 KiB at a time.
 CHUNK_BYTES = 32 * 1024
 _FIRST_FRAME_SECONDS = 30.0
 _REASON_BYTES = 123

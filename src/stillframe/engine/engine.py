@@ -209,7 +209,7 @@ class Engine(KeepingVerbs):
     async def wait(
         self, instance_id: str, *, state: InstanceState, timeout: timedelta
     ) -> WaitResult:
-        """Wait for a state as the contract's section 4.5 says."""
+        """Wait for a state as the contract says."""
         return await wait.wait(self.context, instance_id, state=state, timeout=timeout)
 
     def logs(self, instance_id: str, *, source: str, tail: int, follow: bool) -> AsyncIterator[str]:

@@ -215,7 +215,7 @@ class EngineInterface(KeepingInterface, Protocol):
     async def wait(
         self, instance_id: str, *, state: InstanceState, timeout: timedelta
     ) -> WaitResult:
-        """Wait for a state as the contract's section 4.5 says. NotFound if deleted meanwhile."""
+        """Wait for a state as the contract says. NotFound if deleted meanwhile."""
 
     def logs(self, instance_id: str, *, source: str, tail: int, follow: bool) -> AsyncIterator[str]:
         """Lines of the app, vmm or hypeman log. Raises NotFound (``log_not_found``)."""

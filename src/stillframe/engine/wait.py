@@ -22,7 +22,7 @@ def _settled(state: InstanceState, target: InstanceState) -> bool:
 async def wait(
     context: Context, instance_id: str, *, state: InstanceState, timeout: timedelta
 ) -> WaitResult:
-    """Wait until the instance reaches ``state`` or settles elsewhere (contract, section 4.5).
+    """Wait until the instance reaches ``state`` or settles elsewhere.
 
     Raises InvalidRequest for the target Unknown, NotFound when the instance goes meanwhile.
     """

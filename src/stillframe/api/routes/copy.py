@@ -1,4 +1,4 @@
-"""Files into and out of the guest over a WebSocket (contract section 4.2).
+"""Files into and out of the guest over a WebSocket.
 
 The first text frame says which way; one connection carries one upload (a file or a directory
 itself), one download (a file or a tree), or one question about a path.

@@ -1,4 +1,4 @@
-"""Commands in the guest over a WebSocket (contract section 4.1).
+"""Commands in the guest over a WebSocket.
 
 The first text frame names the command. Then binary frames are stdin, ``{"resize":...}`` sets the
 terminal's size; back come binary frames with stdout and stderr merged, at last ``{"exitCode":N}``.

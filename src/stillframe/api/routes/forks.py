@@ -1,4 +1,4 @@
-"""Forks of a snapshot: one (contract section 2.1); many at once and warm ones are Stillframe's own.
+"""Forks of a snapshot: one; many at once and warm ones are Stillframe's own.
 
 Many forks have one outcome each and the good ones stay. The answer is an error only when none was
 made; its details then name every fork and why it was not made.

@@ -1,4 +1,4 @@
-"""Images: pull, import, look up, delete (contract section 2.3; the import is Stillframe's own)."""
+"""Images: pull, import, look up, delete (the import is Stillframe's own)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Instances: life cycle, forks, waiting and looking into the guest (contract section 2.2)."""
+"""Instances: life cycle, forks, waiting and looking into the guest."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ async def create_instance(engine: Engine, body: InstanceCreateBody) -> JSONRespo
     try:
         instance = await engine.create(request)
     except NameConflict as error:
-        # Here, and only here, the contract calls a duplicate name a bad request (section 5).
+        # Here, and only here, the contract calls a duplicate name a bad request.
         raise InvalidRequest(
             error.message, code="name_conflict", hint=error.hint, **error.facts
         ) from error
@@ -263,7 +263,7 @@ async def wait_for_state(
     state: InstanceState,
     timeout: Annotated[str, Query(description="Go duration, capped at 5m")] = "60s",
 ) -> JSONResponse:
-    """Wait until the instance is in a state, cannot come to it, or time is up (section 4.5)."""
+    """Wait until the instance is in a state, cannot come to it, or time is up."""
     if state is InstanceState.UNKNOWN:
         raise InvalidRequest("cannot wait for state Unknown", code="invalid_state")
     limit = parse_duration(timeout, code="invalid_timeout")

@@ -1,4 +1,4 @@
-"""Logs as server-sent events (contract section 4.3): one JSON string per line of the log."""
+"""Logs as server-sent events: one JSON string per line of the log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Snapshot schedules of instances (contract sections 2.1 and 7), and more beside them."""
+"""Snapshot schedules of instances, and more beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Snapshots: capture and restore in place (contract section 2.1).
+"""Snapshots: capture and restore in place.
 
 Stillframe's own: edits, lineage, verification, export and import.
 """

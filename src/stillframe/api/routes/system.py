@@ -1,4 +1,4 @@
-"""Health, capabilities, resources (contract section 3.7), and the measurements."""
+"""Health, capabilities, resources, and the measurements."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class ErrorDetail(Answer):
 
 
 class Error(Answer):
-    """The error body of every refusal (contract section 1.4)."""
+    """The error body of every refusal."""
 
     code: str
     message: str

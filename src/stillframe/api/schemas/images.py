@@ -1,4 +1,4 @@
-"""Images on the wire (contract section 3.4)."""
+"""Images on the wire."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Instances on the wire (contract section 3.2)."""
+"""Instances on the wire."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Snapshot schedules and retention on the wire (contract sections 3.1 and 7)."""
+"""Snapshot schedules and retention on the wire."""
 
 from __future__ import annotations
 

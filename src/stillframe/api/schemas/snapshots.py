@@ -1,4 +1,4 @@
-"""Snapshots and compression on the wire (contract section 3.1)."""
+"""Snapshots and compression on the wire."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Health, capabilities and resources on the wire (contract section 3.7)."""
+"""Health, capabilities and resources on the wire."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``stillframe exec``: run a command in a guest over the contract's WebSocket (section 4.1)."""
+"""``stillframe exec``: run a command in a guest over the contract's WebSocket."""
 
 from __future__ import annotations
 

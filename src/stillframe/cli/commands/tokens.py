@@ -1,4 +1,4 @@
-"""Tokens: HS256 JWTs as the contract wants them (section 1.3)."""
+"""Tokens: HS256 JWTs as the contract wants them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def mint_token(
     lifetime: timedelta,
     permissions: Sequence[str] | None = None,
 ) -> str:
-    """A signed token; ``permissions`` None means full access (contract section 1.3)."""
+    """A signed token; ``permissions`` None means full access."""
     import jwt
 
     now = int(time.time())
