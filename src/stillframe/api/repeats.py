@@ -2,7 +2,8 @@
 
 The SDKs repeat any request, POST included, when its connection breaks or their patience ends, while
 the work goes on here. Done twice it would make two snapshots of one wish, or call the success of
-the first attempt a conflict. So a repetition joins the earlier attempt and gets its answer. There are two ways of telling one from a second wish:
+the first attempt a conflict. So a repetition joins the earlier attempt and gets its answer. There
+are two ways of telling one from a second wish:
 
 * The SDKs number their attempts (``x-stainless-retry-count``). One after the first joins an equal
   request of the same token that nobody waits for any more: its client went before the answer, at
