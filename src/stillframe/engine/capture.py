@@ -212,7 +212,7 @@ class _Capture:
     async def _pause(self) -> float:
         if not self._machine.saving_hangs_up:
             return await self._stand_still()
-        if self._live.greeting is not None:  # or a fork would never be made itself
+        if self._live.greeting is not None:  # or a fork would never get its identity
             await asyncio.wait([self._live.greeting])
         try:
             return await self._stand_still()

@@ -108,9 +108,9 @@ async def let_run(
     The record comes before the guest's first step: from then on its disk may differ from what the
     captured memory believes, so there is no way back to it. ``undo`` is dropped at the commit.
 
-    The guest is then made itself (entropy, clock, names) in the background; whoever talks to it
-    by us waits for that (``machines.connect``). A fork that cannot be made itself is ended: it
-    would go on with its siblings' random numbers.
+    The guest is then given its own identity (entropy, clock, names) in the background; whoever
+    talks to it through us waits for that (``machines.connect``). A fork that cannot be given one is
+    ended: it would go on with its siblings' random numbers.
     """
     running = context.moved(
         instance, InstanceState.RUNNING, process=machine.process, stopped_at=None,
@@ -194,7 +194,7 @@ async def _greet(
 async def _after_greeting(
     context: Context, instance_id: str, live: LiveInstance, operation: Operation
 ) -> None:
-    """End a fork that could not be made itself; note it of a restored guest, which runs on."""
+    """End a fork that got no identity of its own; note it of a restored guest, which runs on."""
     assert live.greeting is not None  # noqa: S101 - for the type checker
     await asyncio.wait([live.greeting])
     error = None if live.greeting.cancelled() else live.greeting.exception()

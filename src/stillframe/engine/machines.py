@@ -218,7 +218,7 @@ def attach(context: Context, instance: Instance, machine: Machine) -> LiveInstan
 
 
 async def connect(context: Context, live: LiveInstance, timeout: float) -> AgentConnection:
-    """The connection to the agent of a guest that is itself (see ``loaded.let_run``).
+    """The connection to the agent of a guest that has its own identity (see ``loaded.let_run``).
 
     Raises GuestFailure when the agent is silent for ``timeout`` seconds, or has been before.
     """
