@@ -341,9 +341,11 @@ async def test_a_record_that_cannot_be_written_is_tried_again_later_not_at_once(
         raise StorageFull("no space left")
 
     monkeypatch.setattr(engine.context.records, "put_schedule", full)
-    for _ in range(3):
+    second = timedelta(seconds=1)
+    for waited, tried in ((0, 1), (0, 1), (1, 2), (1, 2), (1, 3), (3, 3), (1, 4)):
+        clock.go_on(waited * second)  # twice as long after each failure
         await look(engine)
-    assert len(tries) == 1
+        assert len(tries) == tried
     monkeypatch.undo()
     clock.go_on(MINUTE)
     assert len(await look(engine)) == 1

@@ -56,7 +56,8 @@ _LONGEST_SLEEP = (
     60.0  # seconds: how late a run may be after a leap of the clock, as in the contract
 )
 _SHORTEST_SLEEP = 0.5
-_AFTER_FAILURE = 20.0  # until something that could not even be begun is tried again
+# Seconds until what could not even be begun is tried again: after a first failure, and at most.
+_FIRST_REST, _LONGEST_REST = 1.0, 60.0
 _KINDS = {
     InstanceState.RUNNING: SnapshotKind.STANDBY,
     InstanceState.STANDBY: SnapshotKind.STANDBY,
@@ -79,6 +80,7 @@ class Scheduler:
         self._turn = asyncio.Lock()
         self._work: dict[str, asyncio.Task[None]] = {}
         self._not_before: dict[str, float] = {}
+        self._rests: dict[str, float] = {}  # how long each waited after its last failure
 
     def _wall(self) -> datetime:
         # Looked up at each reading: the clock of an engine may be set.
@@ -249,10 +251,12 @@ class Scheduler:
 
     async def _supervised(self, key: str, work: Callable[[str], Coroutine[Any, Any, None]]) -> None:
         self._not_before.pop(key, None)
+        rest = self._rests.pop(key, 0.0)
         try:
             await work(key)
         except Exception:
-            self._not_before[key] = self.clock.steady() + _AFTER_FAILURE
+            self._rests[key] = min(2 * rest or _FIRST_REST, _LONGEST_REST)
+            self._not_before[key] = self.clock.steady() + self._rests[key]
             raise
 
     def _ended(self, key: str) -> None:
