@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any, cast
 
 import httpx
@@ -17,7 +16,7 @@ from stillframe.model.errors import Conflict
 from stillframe.model.values import SnapshotKind
 from stillframe.model.verification import Depth
 from support.api_double import PRIVATE, SECRET, DoubleEngine, app_over, bearer, instance, snapshot
-from support.engine import open_engine, running
+from support.engine import running
 from support.payloads import flip
 
 MADE = snapshot(instance(), name="ready")
@@ -107,12 +106,6 @@ def test_each_route_wants_its_scope(client: TestClient, double: DoubleEngine) ->
 
 
 # -- the real engine ------------------------------------------------------------------------------
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    async with open_engine(tmp_path) as opened:
-        yield opened
-
-
 @pytest.fixture
 async def http(engine: Engine) -> AsyncIterator[httpx.AsyncClient]:
     app = create_app(

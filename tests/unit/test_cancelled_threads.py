@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from stillframe.engine.interface import CreateRequest, ForkRequest
 from stillframe.engine.verbs import create, fork, restore_snapshot, snapshot
 from stillframe.model.states import InstanceState
 from stillframe.model.values import SnapshotKind
-from support.engine import open_engine, running, traces
+from support.engine import running, traces
 
 pytestmark = pytest.mark.timeout(120)
 LIVE, DISK = SnapshotKind.STANDBY, SnapshotKind.STOPPED
@@ -34,12 +34,6 @@ class Busy:
             return real(*arguments, **options)
 
         monkeypatch.setattr(module, name, work)
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    async with open_engine(tmp_path) as opened:
-        yield opened
 
 
 WORK = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,6 @@ from stillframe.vmm.fake.driver import FakeDriver, FakeMachine
 from support.engine import ask, make_engine, open_engine, running, traces
 
 LIVE = SnapshotKind.STANDBY
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    async with open_engine(tmp_path) as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("cancelled", [False, True])

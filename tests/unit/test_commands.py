@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,15 +15,9 @@ from stillframe.images.boot import CONFIG_DISK_BYTES
 from stillframe.model.errors import InvalidRequest, InvalidState
 from stillframe.model.states import InstanceState
 from stillframe.model.values import Image, ImageConfig, ImageStatus, SnapshotKind
-from support.engine import ask, open_engine, running, traces
+from support.engine import ask, running, traces
 
 LIVE = SnapshotKind.STANDBY
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    async with open_engine(tmp_path) as opened:
-        yield opened
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +17,6 @@ import pytest
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import CreateRequest
 from stillframe.engine.keeping import compression as keeping
-from stillframe.host.orphans import kill_orphans
 from stillframe.model.errors import InvalidRequest, InvalidState, VmmFailure
 from stillframe.model.states import InstanceState
 from stillframe.model.values import (
@@ -50,18 +48,7 @@ from support.compressing import (
 from support.engine import ask, make_engine, open_engine, running
 from support.payloads import verified
 
-
-@pytest.fixture(autouse=True)
-def no_vm_is_left(tmp_path: Path) -> Iterator[None]:
-    """End the VMs of engines that were closed on purpose, also when their scenario fails."""
-    yield
-    kill_orphans(tmp_path / "instances", ())
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    async with open_engine(tmp_path) as opened:
-        yield opened
+pytestmark = pytest.mark.usefixtures("vms_end")
 
 
 # -- states ---------------------------------------------------------------------------------------

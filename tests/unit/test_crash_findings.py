@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -31,12 +31,6 @@ from support.payloads import listing, verified
 
 LIVE = SnapshotKind.STANDBY
 AT_REST = ["config.raw", "logs", "overlay.raw"]
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    async with open_engine(tmp_path) as opened:
-        yield opened
 
 
 @contextlib.contextmanager

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
-
-import pytest
 
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import ForkRequest
@@ -17,12 +14,6 @@ from stillframe.model.states import InstanceState
 from stillframe.model.values import SnapshotKind
 from support.descriptors import descriptors
 from support.engine import ask, make_engine, open_engine, running
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    async with open_engine(tmp_path) as opened:
-        yield opened
 
 
 async def test_a_process_that_has_ended_keeps_no_descriptor(tmp_path: Path) -> None:

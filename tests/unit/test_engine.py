@@ -6,7 +6,6 @@ import asyncio
 import errno
 import hashlib
 import os
-from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,20 +35,9 @@ from stillframe.model.states import InstanceState
 from stillframe.model.values import SnapshotKind
 from support.engine import ask, expect_going_on, make_engine, open_engine, running, traces
 
+pytestmark = pytest.mark.usefixtures("vms_end")
+
 LIVE, DISK = SnapshotKind.STANDBY, SnapshotKind.STOPPED
-
-
-@pytest.fixture(autouse=True)
-def no_vm_is_left(tmp_path: Path) -> Iterator[None]:
-    """End the VMs of engines that were closed on purpose, also when their scenario fails."""
-    yield
-    kill_orphans(tmp_path / "instances", ())
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    async with open_engine(tmp_path) as opened:
-        yield opened
 
 
 def full_disk(*_: object, **__: object) -> Any:

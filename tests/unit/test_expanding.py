@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import threading
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,8 @@ from support.compressing import (
     removed,
     settled,
 )
-from support.engine import ask, open_engine, traces
+from support.engine import ask, traces
 from support.payloads import flip
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    async with open_engine(tmp_path) as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("config", [ZSTD, LZ4], ids=["zstd", "lz4"])

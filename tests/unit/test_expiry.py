@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +15,6 @@ import pytest
 from stillframe.api.app import create_app
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import CreateRequest, EngineInterface, ForkRequest
-from stillframe.host.orphans import kill_orphans
 from stillframe.model.errors import Conflict, VmmFailure
 from stillframe.model.values import Instance, SnapshotKind
 from stillframe.vmm.fake.driver import FakeMachine
@@ -23,13 +22,9 @@ from support.api_double import SECRET, bearer
 from support.clock import DAY, HOUR, MINUTE, START, SetClock, look
 from support.engine import make_engine, running, traces
 
+pytestmark = pytest.mark.usefixtures("vms_end")
+
 LIVE = SnapshotKind.STANDBY
-
-
-@pytest.fixture(autouse=True)
-def no_vm_is_left(tmp_path: Path) -> Iterator[None]:
-    yield
-    kill_orphans(tmp_path / "instances", ())
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,14 +12,7 @@ from stillframe.model.errors import InvalidRequest
 from stillframe.store.archive import Position
 from stillframe.store.archive_export import export
 from support.archives import positions
-from support.engine import open_engine
 from support.moving import LIVE, archive_of, remembering
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    async with open_engine(tmp_path) as opened:
-        yield opened
 
 
 async def test_what_was_sent_is_not_made_again(

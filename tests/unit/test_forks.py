@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,26 +14,14 @@ from stillframe.engine import loaded
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import ForkRequest, WarmStatus
 from stillframe.engine.verbs.warm import WarmFork
-from stillframe.host.orphans import kill_orphans
 from stillframe.model.errors import Conflict, InvalidRequest, NotFound, VmmFailure
 from stillframe.model.states import InstanceState
 from stillframe.model.values import Snapshot, SnapshotKind
 from support.engine import ask, make_engine, open_engine, running, traces
 
+pytestmark = pytest.mark.usefixtures("vms_end")
+
 LIVE, DISK = SnapshotKind.STANDBY, SnapshotKind.STOPPED
-
-
-@pytest.fixture(autouse=True)
-def no_vm_is_left(tmp_path: Path) -> Iterator[None]:
-    """End the VMs of engines that were closed on purpose, also when their scenario fails."""
-    yield
-    kill_orphans(tmp_path / "instances", ())
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    async with open_engine(tmp_path) as opened:
-        yield opened
 
 
 async def captured(engine: Engine) -> Snapshot:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import importlib
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +14,17 @@ import pytest
 
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import CreateRequest, ForkRequest
-from stillframe.host.orphans import kill_orphans
 from stillframe.images.library import ImageLibrary
 from stillframe.model.errors import Conflict, InvalidRequest, InvalidState, NotFound
 from stillframe.model.states import InstanceState
 from stillframe.model.values import ImageStatus, SnapshotKind
 from stillframe.vmm.fake.driver import FakeDriver, FakeMachine
-from support.engine import ask, open_engine, running, traces
+from support.engine import ask, running, traces
 from support.registry import layer
 
+pytestmark = pytest.mark.usefixtures("vms_end")
+
 IMAGE = "stillframe/base"
-
-
-@pytest.fixture(autouse=True)
-def no_vm_is_left(tmp_path: Path) -> Iterator[None]:
-    yield
-    kill_orphans(tmp_path / "instances", ())
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    async with open_engine(tmp_path) as opened:
-        yield opened
 
 
 class Halt:

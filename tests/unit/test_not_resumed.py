@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,26 +14,15 @@ from stillframe.engine import machines
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import CreateRequest, ForkRequest
 from stillframe.engine.verbs import restore_snapshot as restoring
-from stillframe.host.orphans import kill_orphans
 from stillframe.model.errors import VmmFailure
 from stillframe.model.states import InstanceState
 from stillframe.model.values import Instance, SnapshotKind
 from stillframe.vmm.fake.driver import FakeMachine
 from support.engine import ask, make_engine, open_engine, running, traces
 
+pytestmark = pytest.mark.usefixtures("vms_end")
+
 LIVE = SnapshotKind.STANDBY
-
-
-@pytest.fixture(autouse=True)
-def no_vm_is_left(tmp_path: Path) -> Iterator[None]:
-    yield
-    kill_orphans(tmp_path / "instances", ())
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    async with open_engine(tmp_path) as opened:
-        yield opened
 
 
 async def refused(self: FakeMachine) -> None:

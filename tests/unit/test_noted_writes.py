@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,6 @@ from stillframe.engine.engine import Engine
 from stillframe.engine.interface import ExecRequest, ForkRequest
 from stillframe.host.files import create_sparse
 from stillframe.host.image import drop_zeros, merge_pages
-from stillframe.host.orphans import kill_orphans
 from stillframe.host.runs import Runs
 from stillframe.model.errors import GuestFailure, StorageFull, VmmFailure
 from stillframe.model.states import InstanceState
@@ -25,6 +24,8 @@ from stillframe.store.paths import Payload
 from stillframe.vmm.moments import Moment
 from support.engine import TRACKER, ask, make_engine, open_engine, running
 from support.noting import NotingDriver, NotingMachine
+
+pytestmark = pytest.mark.usefixtures("vms_end")
 
 LIVE = SnapshotKind.STANDBY
 
@@ -60,12 +61,6 @@ class Scene:
 
     async def word(self, instance: Instance) -> str:
         return await ask(self.engine, instance.id, "get", "word")
-
-
-@pytest.fixture(autouse=True)
-def no_vm_is_left(tmp_path: Path) -> Iterator[None]:
-    yield
-    kill_orphans(tmp_path / "instances", ())
 
 
 @pytest.fixture

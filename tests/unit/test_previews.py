@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -21,15 +20,9 @@ from stillframe.model.units import MIB
 from stillframe.model.values import Hypervisor, SnapshotKind
 from support.clock import HOUR
 from support.compressing import compressed
-from support.engine import open_engine, running, traces
+from support.engine import running, traces
 
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    async with open_engine(tmp_path) as opened:
-        yield opened
 
 
 async def test_a_fork_that_would_be_made_is_told_and_not_made(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +15,6 @@ from stillframe.engine.engine import Engine
 from stillframe.engine.interface import CreateRequest
 from stillframe.engine.keeping import retain
 from stillframe.engine.verbs import snapshot as taking
-from stillframe.host.orphans import kill_orphans
 from stillframe.model.errors import (
     Conflict,
     InvalidRequest,
@@ -30,14 +29,9 @@ from stillframe.model.values import Snapshot, SnapshotKind
 from support.clock import DAY, HOUR, MINUTE, START, SetClock, look, stopped
 from support.engine import make_engine, open_engine, running
 
+pytestmark = pytest.mark.usefixtures("vms_end")
+
 HOURLY = ScheduleRequest(Retention(max_count=3), interval=HOUR)
-
-
-@pytest.fixture(autouse=True)
-def no_vm_is_left(tmp_path: Path) -> Iterator[None]:
-    """End the VMs of engines that were closed on purpose, also when their scenario fails."""
-    yield
-    kill_orphans(tmp_path / "instances", ())
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -21,12 +20,6 @@ from support.compressing import LIVE, ZSTD, captured, compressed, forked, remove
 from support.engine import ask, make_engine, open_engine, running, traces
 
 TOO_MUCH = 1 << 60
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    async with open_engine(tmp_path) as opened:
-        yield opened
 
 
 def keep_free(engine: Engine, size: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -21,12 +20,6 @@ LIVE = SnapshotKind.STANDBY
 HELD = 50_000  # bytes of a guest's memory
 OVERLAY = 200_000  # fewer than its empty disk takes
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    async with open_engine(tmp_path) as opened:
-        yield opened
 
 
 def on_disk(engine: Engine) -> int:

@@ -14,7 +14,7 @@ from stillframe.engine.moving import uploads
 from stillframe.engine.moving.arrival import Arrival
 from stillframe.model.errors import Conflict, InvalidRequest, NotFound, RateLimited
 from stillframe.model.values import Snapshot
-from support.engine import ask, make_engine, open_engine
+from support.engine import ask, make_engine
 from support.moving import LIVE, archive_of, pieces, remembering
 
 ID = "u" * 24
@@ -22,12 +22,6 @@ ID = "u" * 24
 
 class BrokenError(Exception):
     """The connection broke."""
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    async with open_engine(tmp_path) as opened:
-        yield opened
 
 
 @pytest.fixture

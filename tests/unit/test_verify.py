@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -18,15 +17,9 @@ from stillframe.model.values import CompressionAlgorithm, CompressionConfig, Sna
 from stillframe.model.verification import Depth
 from stillframe.store.compression import compress
 from stillframe.store.payloads import switch_to_compressed
-from support.engine import make_engine, open_engine, running
+from support.engine import make_engine, running
 from support.moving import DISK, LIVE, archive_of, remembering
 from support.payloads import flip, noise
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    async with open_engine(tmp_path) as opened:
-        yield opened
 
 
 async def captured(engine: Engine) -> Snapshot:

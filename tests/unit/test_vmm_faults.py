@@ -37,18 +37,12 @@ from stillframe.vmm.firecracker import api as fire
 from stillframe.vmm.qemu import qmp
 from stillframe.vmm.qemu.qmp import QmpConnection
 from stillframe.vmm.unix_http import Call, UnixHttp
-from support.engine import ask, open_engine, running, traces
+from support.engine import ask, running, traces
 
 LIVE = SnapshotKind.STANDBY
 GREETING = b'{"QMP": {"version": {"qemu": {"major": 9}}, "capabilities": []}}\r\n'
 PIECE = 1 << 16
 MUCH, FAR_TOO_MUCH = 32 << 20, 100 << 20
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    async with open_engine(tmp_path) as opened:
-        yield opened
 
 
 async def remembering(engine: Engine, name: str = "source") -> tuple[str, int]:
