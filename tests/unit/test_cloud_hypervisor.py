@@ -310,6 +310,12 @@ def test_it_is_told_why_a_guest_ended(
     assert end_of_guest(log, console, events) == reason
 
 
+def test_an_orderly_end_shows_in_the_exit_code_too() -> None:
+    assert end_of_guest(b"", b"", b"", 0) == "guest-shutdown"
+    assert end_of_guest(b"", b"", b"", 1) is None
+    assert end_of_guest(b"Fatal error: VmmThread(VmReboot(", b"", b"", 1) == "guest-reset"
+
+
 async def found(_: CloudHypervisorDriver) -> tuple[int, ...]:
     return (53, 0)
 

@@ -77,6 +77,16 @@ async def test_kill_proves_the_death_and_reaps(sleeper: process.Process) -> None
     await sleeper.kill()  # no error the second time
 
 
+async def test_what_a_child_ended_with_is_known_unless_a_signal_ended_it(
+    sleeper: process.Process, tmp_path: Path
+) -> None:
+    ended = process.spawn(["sh", "-c", "exit 7"], output=tmp_path / "ended")
+    await ended.wait()
+    assert ended.exit_code == 7
+    await sleeper.kill()
+    assert sleeper.exit_code is None
+
+
 async def test_every_waiter_hears_of_a_death(sleeper: process.Process) -> None:
     waiters = [asyncio.create_task(sleeper.wait()) for _ in range(3)]
     given_up = asyncio.create_task(sleeper.wait())

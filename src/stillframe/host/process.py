@@ -201,6 +201,8 @@ class Process:
     def __init__(self, identity: ProcessIdentity, pidfd: int) -> None:
         self.identity = identity
         self._pidfd = pidfd
+        # Once it has ended: what it ended with, if it is our child and no signal ended it.
+        self.exit_code: int | None = None
         self._gone: asyncio.Future[None] | None = None
         self._ended = False
 
@@ -227,7 +229,9 @@ class Process:
 
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError, OSError):
-            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+            ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+            if ended is not None and ended.si_code == os.CLD_EXITED:
+                self.exit_code = ended.si_status
 
     @property
     def alive(self) -> bool:

@@ -74,18 +74,22 @@ class CloudHypervisorMachine(ReadFromOutside, HttpMachine):
             log_end(self._vmm_log, self._logged_before),
             log_end(self._console_log, self._printed_before),
             log_end(self._directory / EVENTS),
+            self._process.exit_code,
         )
 
 
-def end_of_guest(log: bytes, console: bytes, events: bytes) -> str | None:
+def end_of_guest(
+    log: bytes, console: bytes, events: bytes, exit_code: int | None = None
+) -> str | None:
     """Why the guest ended, by what Cloud Hypervisor and the guest wrote; None if that is unknown.
 
     After a reset it has nothing to boot a second time (``driver.py``), and says so. An orderly end
-    that is no reset is the guest's: we ask for none.
+    that is no reset is the guest's: we ask for none. It shows in the exit code, of a child, and in
+    the last event, which is written by another thread and may be late.
     """
     if _REBOOT_MARK in log:
         return "guest-reset"
-    orderly = _SHUTDOWN_MARK.search(events) is not None
+    orderly = exit_code == 0 or _SHUTDOWN_MARK.search(events) is not None
     return "guest-shutdown" if orderly or EXIT_MARK in console else None
 
 
