@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
 
 from stillframe.model.errors import MissingComponent
 from stillframe.model.values import Hypervisor
+from stillframe.vmm import probing
+from stillframe.vmm.cloud_hypervisor.driver import CloudHypervisorDriver
 from stillframe.vmm.driver import DriverProbe
+from stillframe.vmm.firecracker.driver import FirecrackerDriver
 from stillframe.vmm.probing import ProbeOnce
 
 
@@ -58,3 +64,20 @@ async def test_a_look_that_takes_seconds_is_rare() -> None:
     host.now += 60
     await host.probe()
     assert host.looks == 2
+
+
+@pytest.mark.parametrize("make", [FirecrackerDriver, CloudHypervisorDriver])
+async def test_what_setup_installs_beside_a_running_server_is_found(
+    make: type[FirecrackerDriver | CloudHypervisorDriver],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(probing, "_SHORTEST_REST", 0.0)
+    monkeypatch.setattr(probing, "_REST_FACTOR", 0)
+    driver = make("vmm-of-ours", installed=tmp_path / "programs")
+    assert (await driver.probe()).reason == "vmm-of-ours is not installed"
+    (tmp_path / "programs").mkdir()
+    program = tmp_path / "programs/vmm-of-ours"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    assert (await driver.probe()).reason != "vmm-of-ours is not installed"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stillframe.host.programs import find_program
 from stillframe.model.units import MIB
 from stillframe.vmm.cloud_hypervisor.driver import CloudHypervisorDriver
 from stillframe.vmm.driver import Driver
@@ -34,10 +33,6 @@ def make_drivers(
     bounds the host memory that each VMM which writes its guest's memory takes for that.
     The fake hypervisor runs no guest kernel and is only there when asked for by name.
     """
-
-    def program(name: str) -> str:
-        return find_program(name, programs_dir) or name
-
     drivers: list[Driver] = [
         QemuDriver(
             qemu_binary,
@@ -49,9 +44,15 @@ def make_drivers(
         for hypervisor in BOARDS
     ]
     drivers.append(
-        FirecrackerDriver(program(firecracker_binary), scratch_bytes=capture_buffer_bytes)
+        FirecrackerDriver(
+            firecracker_binary, installed=programs_dir, scratch_bytes=capture_buffer_bytes
+        )
     )
-    drivers.append(CloudHypervisorDriver(program(cloud_hypervisor_binary), qemu_binary=qemu_binary))
+    drivers.append(
+        CloudHypervisorDriver(
+            cloud_hypervisor_binary, installed=programs_dir, qemu_binary=qemu_binary
+        )
+    )
     drivers.append(VzDriver())
     if fake:
         from stillframe.vmm.fake.driver import FakeDriver

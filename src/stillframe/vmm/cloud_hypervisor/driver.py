@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from stillframe.host.capacity import processor
 from stillframe.host.files import remove_tree, storage_errors
 from stillframe.host.probes import landlock_version
 from stillframe.host.process import Process, adopt, run, spawn
+from stillframe.host.programs import find_program
 from stillframe.host.sockets import bind_unix
 from stillframe.model.errors import HostFailure, MissingComponent, VmmFailure
 from stillframe.model.values import Hypervisor, ProcessIdentity
@@ -68,10 +68,15 @@ class CloudHypervisorDriver:
         binary: str = "cloud-hypervisor",
         *,
         accelerator: str = "auto",
+        installed: Path | None = None,
         qemu_binary: str = "qemu-system-x86_64",
     ) -> None:
-        """``accelerator``: auto has ``qemu_binary`` try whether KVM runs guests; kvm trusts it."""
-        self._binary, self._accelerator, self._qemu = binary, accelerator, qemu_binary
+        """``accelerator``: auto has ``qemu_binary`` try whether KVM runs guests; kvm trusts it.
+
+        ``binary`` is looked for on PATH, then in ``installed``.
+        """
+        self._name, self._accelerator, self._qemu = binary, accelerator, qemu_binary
+        self._installed, self._binary = installed, ""
         self._probed = ProbeOnce(self.hypervisor, self._look)
         self._drains_disks = False
 
@@ -87,11 +92,12 @@ class CloudHypervisorDriver:
         return DriverProbe(self.hypervisor, True, text, "kvm", processor(), offered)
 
     async def _examine(self) -> Version:
-        binary = shutil.which(self._binary)
+        binary = find_program(self._name, self._installed)
         if binary is None:
             raise MissingComponent(
-                f"{self._binary} is not installed", hint="stillframe setup cloud-hypervisor"
+                f"{self._name} is not installed", hint="stillframe setup cloud-hypervisor"
             )
+        self._binary = binary
         match = _VERSION.search((await run([binary, "--version"], timeout=30)).stdout)
         if match is None:
             raise VmmFailure(f"{binary} does not tell its version")

@@ -66,13 +66,15 @@ class FirecrackerDriver:
         binary: str = "firecracker",
         *,
         accelerator: str = "auto",
+        installed: Path | None = None,
         scratch_bytes: int = _SCRATCH,
     ) -> None:
         """``accelerator``: auto tries whether KVM runs guests; kvm trusts it.
 
+        ``binary`` is looked for on PATH, then in ``installed``.
         ``scratch_bytes`` bounds the host memory that a snapshot of a VM takes during its pause.
         """
-        self._name, self._accelerator = binary, accelerator
+        self._name, self._accelerator, self._installed = binary, accelerator, installed
         self._scratch_bytes = scratch_bytes
         self._probed = ProbeOnce(self.hypervisor, self._look)
         self._binary = ""
@@ -89,7 +91,7 @@ class FirecrackerDriver:
         return DriverProbe(self.hypervisor, True, text, "kvm", processor(), offered)
 
     async def _examine(self) -> api.Version:
-        found = find_program(self._name)
+        found = find_program(self._name, self._installed)
         if found is None:
             raise MissingComponent(
                 f"{self._name} is not installed", hint="stillframe setup firecracker"
