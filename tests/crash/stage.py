@@ -28,6 +28,7 @@ class Stage:
     subject: str = ""  # its id, where ``prepare`` has made it
     archive: bytes = b""
     with_image: bytes = b""  # an archive with an image that is not here
+    failed_before: float = 0.0  # compressions of this server
     facts: dict[str, str] = field(default_factory=dict)
 
     def build(self) -> None:
