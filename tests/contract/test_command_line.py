@@ -127,11 +127,17 @@ def test_wrong_usage_exits_with_two(server: Server) -> None:
         assert "Usage: " in done.stderr
 
 
-def test_what_was_done_before_a_failure_is_told(server: Server, make: Maker) -> None:
-    name = make().name
-    done = server.cli("stop", name, "none", "--json")
+def test_of_several_things_each_is_tried_and_what_failed_is_told(
+    server: Server, make: Maker
+) -> None:
+    first, last = make().name, make().name
+    done = server.cli("stop", first, "nobody-here", last, "--json")
     assert done.returncode == 1
-    assert states(done.stdout) == [(name, "Stopped")]
+    assert states(done.stdout) == [(first, "Stopped"), (last, "Stopped")]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: nobody-here: ")
+    gone = server.cli("rm", "nobody-here", last)
+    assert (gone.returncode, gone.stdout) == (1, f"{last}\n")
 
 
 def test_an_ambiguous_prefix_names_the_candidates(sdk: Hypeman, fails: Cli, make: Maker) -> None:

@@ -236,11 +236,13 @@ def rm(
         ]
         print_deletions(answers, as_json)
         return
-    for instance in instances or []:
-        with output.working(f"deleting {instance}"):
-            query = {"graceful_shutdown": str(not force).lower()}
-            client.request("DELETE", instance_path(instance), query=query)
+    query = {"graceful_shutdown": str(not force).lower()}
+
+    def delete(instance: str) -> None:
+        client.request("DELETE", instance_path(instance), query=query)
         print(instance)
+
+    output.each(instances or [], "deleting", delete)
 
 
 def fork(
@@ -326,10 +328,11 @@ def _each(
     body: dict[str, Any] | None = None,
 ) -> None:
     with output.answers(_COLUMNS, as_json) as done:
-        for instance in instances:
-            path = instance_path(instance, verb)
-            with output.working(f"{doing} {instance}"):
-                done.append(context.obj.request("POST", path, body=body or {}))
+
+        def ask(instance: str) -> None:
+            done.append(context.obj.request("POST", instance_path(instance, verb), body=body or {}))
+
+        output.each(instances, doing, ask)
 
 
 def _wait_for(client: Client, instance: str, state: str, timeout: str) -> dict[str, Any]:

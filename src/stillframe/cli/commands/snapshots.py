@@ -155,15 +155,20 @@ def rm(
     query = {"force": "true"} if force else {}
     query |= DRY if dry_run else {}
     previews = []
-    for reference in snapshots:
+
+    def delete(reference: str) -> None:
         found = client.find_snapshot(reference)
         preview = client.request("DELETE", f"/snapshots/{found['id']}", query=query)
         if preview is None:
             print(found["id"])
         else:
             previews.append(preview)
-    if dry_run:
-        print_deletions(previews, as_json)
+
+    try:
+        output.each(snapshots, "deleting", delete)
+    finally:
+        if dry_run:
+            print_deletions(previews, as_json)
 
 
 @app.command()
