@@ -71,12 +71,12 @@ def _until_settled(stage: Stage, status: int, answer: Any) -> Answer:
 def _compressions_failed(stage: Stage) -> tuple[int, float]:
     """Status of the server, and how many compressions of this server have failed."""
     status, text = stage.world.transfer("GET", "/metrics", None)
-    line = re.search(
+    counts = re.findall(  # one for each code of an error
         rb'^stillframe_operation_failures_total\{[^}]*operation="compress"[^}]*\} (\S+)',
         text,
         re.MULTILINE,
     )
-    return status, float(line[1]) if line else 0.0
+    return status, sum(map(float, counts))
 
 
 def _compressed_sleeper(stage: Stage) -> None:
