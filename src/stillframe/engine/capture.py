@@ -296,7 +296,9 @@ class _Capture:
             if below is None or runs is None or known is None or self._known not in (None, known):
                 return {memory.name: write_table(image, table)}
             changed = ((start, end - start) for some in runs for start, end in some)
-            return {memory.name: update_table(image, table, below, known, changed)}
+            with contextlib.suppress(FileNotFoundError):  # its snapshot was deleted just now
+                return {memory.name: update_table(image, table, below, known, changed)}
+            return {memory.name: write_table(image, table)}
 
     def _changed(self) -> list[Runs] | None:
         """What differs from the image below; None if that is not known."""
