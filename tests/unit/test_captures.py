@@ -1,13 +1,15 @@
-"""What a capture leaves behind when it is broken off: by failure, or the end of the server."""
+"""Captures that are disturbed: by failure, a deletion beside them, or the end of the server."""
 
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from stillframe.engine import capture as capturing
 from stillframe.engine.context import Context
 from stillframe.engine.engine import Engine
 from stillframe.engine.machines import resources_of
@@ -16,6 +18,7 @@ from stillframe.model.values import SnapshotKind
 from stillframe.vmm.driver import MachineStatus
 from stillframe.vmm.fake.driver import FakeDriver, FakeMachine
 from support.engine import ask, make_engine, open_engine, running, traces
+from support.payloads import verified
 
 LIVE = SnapshotKind.STANDBY
 
@@ -98,3 +101,25 @@ async def test_a_deletion_under_way_is_finished_before_the_server_ends(tmp_path:
         assert deleting.done()
         await deleting
     assert traces(tmp_path) == []
+
+
+async def test_the_snapshot_below_may_be_deleted_while_digests_are_made(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at its table of digests and the use of it."""
+    source = await running(engine)
+    await engine.snapshot(source.id, kind=LIVE)
+    await ask(engine, source.id, "set", "word", "changed")
+    look = capturing._digest_of
+    gone: list[Path] = []
+
+    def look_and_lose(table: Path) -> str | None:
+        found = look(table)
+        shutil.rmtree(table.parent)
+        gone.append(table)
+        return found
+
+    monkeypatch.setattr(capturing, "_digest_of", look_and_lose)
+    second = await engine.snapshot(source.id, kind=LIVE)
+    assert len(gone) == 1
+    assert verified(engine.context.data.snapshot(second.id)).damage == ()
