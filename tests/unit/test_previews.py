@@ -12,7 +12,7 @@ from stillframe.engine.engine import Engine
 from stillframe.engine.interface import ForkRequest
 from stillframe.host.extents import files_in, freed_by_deleting
 from stillframe.host.files import allocated_bytes
-from stillframe.model.errors import NotFound
+from stillframe.model.errors import InvalidRequest, NotFound
 from stillframe.model.retention import Retention
 from stillframe.model.schedules import ScheduleRequest, marks
 from stillframe.model.states import InstanceState
@@ -115,6 +115,19 @@ async def test_an_environment_that_would_be_refused_is_told(engine: Engine) -> N
     wish = ForkRequest("fork", env={"a=b": "c"})
     (reason,) = (await engine.preview_fork(taken.id, wish)).refused
     assert "environment" in reason
+
+
+async def test_what_a_fork_inherits_counts_in_the_preview_as_in_the_verb(engine: Engine) -> None:
+    source = await running(engine)
+    first = await engine.snapshot(source.id, kind=SnapshotKind.STANDBY)
+    half = {"INHERITED": "x" * 30_000}
+    child = await engine.fork_snapshot(first.id, ForkRequest("child", env=half))
+    taken = await engine.snapshot(child.id, kind=SnapshotKind.STANDBY)
+    wish = ForkRequest("fork", env={"OWN": "x" * 30_000})
+    (reason,) = (await engine.preview_fork(taken.id, wish)).refused
+    with pytest.raises(InvalidRequest) as refused:
+        await engine.fork_snapshot(taken.id, wish)
+    assert refused.value.message == reason
 
 
 async def test_a_restore_tells_what_it_would_give_up_and_why_not_now(

@@ -256,7 +256,7 @@ async def dial(live: LiveInstance, timeout: float) -> AgentConnection:
 
 
 async def identify_guest(context: Context, instance: Instance, live: LiveInstance) -> None:
-    """Make a restored or forked guest itself: entropy, clock, names. Raises GuestFailure.
+    """Give a restored or forked guest its own entropy, clock and names. Raises GuestFailure.
 
     One that is silent because it lacks space is asked again when it goes on.
     """

@@ -17,7 +17,7 @@ from stillframe.model.errors import NotSupported
 
 router = APIRouter(route_class=ScopedRoute, tags=["not supported"])
 
-# Contract sections 2.2 to 2.4, scopes as in 1.3.
+# Method, path and scope of each, as the contract has them.
 ABSENT = (
     ("POST", "/instances/{id}/auto-standby/hold", "instance:write"),
     ("POST", "/instances/{id}/volumes/{volume_id}", "volume:write"),

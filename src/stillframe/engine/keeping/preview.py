@@ -14,8 +14,8 @@ from stillframe.engine.keeping.interface import RunPreview
 from stillframe.engine.keeping.lineage import family_of, weigh
 from stillframe.engine.keeping.quota import check_free, copied_bytes, expected_bytes
 from stillframe.engine.moving.compatibility import image_reasons, machine_reasons
-from stillframe.engine.verbs.create import check_environment
 from stillframe.engine.verbs.fork import (
+    check_child,
     check_instance_target,
     name_taken,
     target_hypervisor_of,
@@ -49,6 +49,8 @@ async def preview_forks(
         for request in requests:
             collected = _Collected()
             await _check_wishes(context, request, collected)
+            async with collected:
+                check_child(context, snapshot.template, request)
             earlier = sum(one.bytes_copied for one in previews)
             one = await _preview(
                 context, snapshot, collected, name=request.name, state=request.target_state,
@@ -64,8 +66,6 @@ async def _check_wishes(context: Context, request: ForkRequest, collected: _Coll
     async with collected:
         if request.tags is not None:
             check_tags(request.tags)
-    async with collected:
-        check_environment(request.env)
     async with collected:
         if context.records.instance_by_name(request.name) is not None:
             raise name_taken(request.name)

@@ -54,10 +54,13 @@ def check_space(
 
 
 def _check_quota(context: Context, expected_bytes: int, own: str = "") -> None:
-    allowed, used = context.settings.max_snapshot_bytes, stored_bytes(context)
+    allowed = context.settings.max_snapshot_bytes
+    if not allowed:
+        return
+    used = stored_bytes(context)
     announced = (i.facts.get(EXPECTED, "") for i in _being_made(context) if i.subject != own)
     used += sum(int(size) for size in announced if size.isdecimal())  # it may be damaged
-    if allowed and used + expected_bytes > allowed:
+    if used + expected_bytes > allowed:
         raise InsufficientResources(
             f"the snapshots take {format_size(used)} and this one about "
             f"{format_size(expected_bytes)} more; {format_size(allowed)} are allowed",

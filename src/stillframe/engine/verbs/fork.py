@@ -173,8 +173,7 @@ async def _fork_one(
     tags = None if request.tags is None else check_tags(request.tags)
     target = target_of(snapshot.kind, request.target_state)
     hypervisor = await target_hypervisor_of(context, snapshot, request.target_hypervisor)
-    if request.env:
-        _check_child(context, snapshot.template, request)
+    check_child(context, snapshot.template, request)
     if context.records.instance_by_name(request.name) is not None:
         raise name_taken(request.name)
     if target is InstanceState.RUNNING and (warm := context.warm.take(snapshot.id)) is not None:
@@ -189,8 +188,10 @@ async def _fork_one(
     return await _fork(context, source, child, target, phases)
 
 
-def _check_child(context: Context, template: Instance, request: ForkRequest) -> None:
+def check_child(context: Context, template: Instance, request: ForkRequest) -> None:
     """Raises InvalidRequest when a fork could not boot, or run commands, with its environment."""
+    if not request.env:  # then it has its source's
+        return
     environment = {**template.env, **(request.env or {})}
     check_environment(environment)
     child = replace(template, name=request.name, env=environment)
