@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,10 +21,12 @@ from stillframe.host.files import (
     clone_into,
     create_sparse,
     data_extents,
+    keep_descriptors,
     new_file,
     open_regular,
     punch_hole,
     read_exactly,
+    remove_tree,
     storage_errors,
     supports_reflink,
     write_sparse,
@@ -245,3 +249,20 @@ def test_reading_past_the_end_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="shorter"):
         read_exactly(fd, 4, 2)
     os.close(fd)
+
+
+def test_a_tree_goes_even_when_no_descriptor_is_left(tmp_path: Path) -> None:
+    (tmp_path / "tree" / "below").mkdir(parents=True)
+    (tmp_path / "tree" / "below" / "file").touch()
+    keep_descriptors()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as taken:
+        taken.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        with contextlib.suppress(OSError):
+            while True:
+                taken.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        remove_tree(tmp_path / "tree")
+        with pytest.raises(OSError, match="Too many open files"):
+            os.open(os.devnull, os.O_RDONLY)  # they are kept back again
+    assert not (tmp_path / "tree").exists()

@@ -14,6 +14,7 @@ import ipaddress
 import json
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -68,6 +69,7 @@ def run(settings: EngineSettings, options: ServerOptions) -> None:
     started = time.monotonic()
     os.umask(0o077)
     configure_logging(options.log_format, options.log_level)
+    _allow_many_files()
     _check_programs(settings)
     data_dir = settings.data_dir
     with contextlib.ExitStack() as stack:
@@ -342,6 +344,14 @@ def _check_programs(settings: EngineSettings) -> None:
         )
     if sys.platform != "linux":
         raise MissingComponent("the server needs Linux", hint="use the client against a server")
+
+
+def _allow_many_files() -> None:
+    """Raise the soft limit of open files to the hard one: each VM takes several (getrlimit(2))."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # Darwin's hard limit is one that it refuses
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _write_private(path: Path, text: str) -> None:

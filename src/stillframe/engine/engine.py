@@ -40,6 +40,7 @@ from stillframe.engine.verbs import (
     stop,
 )
 from stillframe.engine.verbs.warm import WarmForks
+from stillframe.host.files import keep_descriptors
 from stillframe.images.library import ImageLibrary
 from stillframe.model.errors import Ambiguous, Conflict, NotFound
 from stillframe.model.states import InstanceState
@@ -83,6 +84,7 @@ class Engine(KeepingVerbs):
 
     async def open(self) -> None:
         """Recover what an earlier server left, adopt its VMs, and be ready."""
+        keep_descriptors()
         await recover.recover(self.context)
         await stored.settle(self.context)
         self.context.expanded.open()

@@ -11,6 +11,7 @@ import shutil
 import stat
 import struct
 import sys
+import threading
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -25,7 +26,12 @@ _FSGETXATTR, _FSSETXATTR, _XFLAG_COWEXTSIZE = 0x801C581F, 0x401C5820, 0x10000
 _FSXATTR = struct.Struct("=5L8x")
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2  # linux/falloc.h
 _CANNOT_CLONE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EBADF}
+_NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What has to be undone can then be when no descriptors are left.
+_KEPT_BACK = 8  # removing a tree takes two for each level of it
+_kept: list[int] = []
+_guard = threading.Lock()
 _BLOCK = 4096
 _PIECE = 1 << 20  # bytes copied by hand at once
 _ZEROS = bytes(_BLOCK)
@@ -381,11 +387,37 @@ def allocated_bytes(path: Path) -> int:
 def remove_tree(path: Path) -> None:
     """Remove a directory tree; absent is fine. Never follows symbolic links.
 
-    What cannot be removed does not keep the rest, and is tried once more. Raises OSError.
+    What cannot be removed does not keep the rest, and is tried once more; for want of descriptors,
+    with those kept back. Raises OSError.
     """
     shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            if error.errno not in _NO_DESCRIPTORS:
+                raise
+            with _descriptors_lent():
+                shutil.rmtree(path)
+
+
+def keep_descriptors() -> None:
+    """Keep some descriptors back for the whole process; again is fine. Never raises."""
+    with _guard, contextlib.suppress(OSError):
+        while len(_kept) < _KEPT_BACK:
+            _kept.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+
+
+@contextlib.contextmanager
+def _descriptors_lent() -> Iterator[None]:
+    """The descriptors kept back are free meanwhile."""
+    with _guard:
+        while _kept:
+            os.close(_kept.pop())
+    try:
+        yield
+    finally:
+        keep_descriptors()
 
 
 def remove_at_once(path: Path, doomed: Path) -> None:
