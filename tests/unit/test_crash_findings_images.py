@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from stillframe.api.routes.images import sweep_uploads
 from stillframe.engine.engine import Engine
+from stillframe.images import library
 from stillframe.model.errors import NotFound, StorageFull
 from stillframe.model.values import Image
 from stillframe.store.records import Intent, Records
@@ -119,3 +122,57 @@ def test_what_a_killed_server_had_received_of_an_image_goes(tmp_path: Path) -> N
     (tmp_path / "snapshots").mkdir()
     sweep_uploads(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["snapshots"]
+
+
+async def test_of_two_makings_of_one_disk_the_one_that_fails_leaves_it_to_the_other(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, failed = library._publish, threading.Event()
+    put = Records.put
+
+    def slowly(staging: Path, home: Path) -> None:
+        first = "/first:" in (staging / "config.json").read_text()
+        publish(staging, home)
+        if first:
+            failed.wait(0.5)  # were both at it, the other would fail meanwhile
+
+    def refuse(self: Records, image: Image, **how: Any) -> None:
+        if "/second:" in image.name:
+            failed.set()
+            raise StorageFull("the records could not be written")
+        put(self, image, **how)
+
+    monkeypatch.setattr(library, "_publish", slowly)
+    monkeypatch.setattr(Records, "put", refuse)
+    source = tmp_path / "image.tar"
+    source.write_bytes(layer(("etc/hostname", b"other\n")))
+    first, second = await asyncio.gather(
+        engine.import_image("first", source),
+        engine.import_image("second", source),
+        return_exceptions=True,
+    )
+    assert isinstance(second, StorageFull)
+    assert isinstance(first, Image)
+    assert engine.context.images.root_disk(first.digest).is_file()
+    await engine.delete_image("first")
+    assert not list((tmp_path / "images").iterdir())
+
+
+async def test_a_disk_that_is_being_made_again_outlives_its_first_name(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, loop = library._publish, asyncio.get_running_loop()
+
+    async def delete() -> None:
+        await engine.delete_image("other")
+
+    def then_delete(staging: Path, home: Path) -> None:
+        publish(staging, home)
+        asyncio.run_coroutine_threadsafe(delete(), loop).result(30)
+
+    first = await make_image(engine, tmp_path)
+    monkeypatch.setattr(library, "_publish", then_delete)
+    second = await engine.import_image("second", tmp_path / "image.tar")
+    assert second.digest == first.digest
+    assert engine.context.images.root_disk(second.digest).is_file()
+    assert [image.name for image in engine.list_images()] == [second.name]

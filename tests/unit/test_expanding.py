@@ -239,3 +239,21 @@ async def test_the_family_tree_knows_who_maps_the_expanded_image(engine: Engine)
     await engine.delete(two.id, graceful=False)
     # Now it would take the expanded image with it.
     assert await alone(one.id) >= before + shared
+
+
+async def test_on_a_disk_without_room_for_a_name_an_expanded_image_goes_all_the_same(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = await compressed(engine)
+    fork = await forked(engine, snapshot, "fork")
+    (image,) = expanded(engine)
+    rename = Path.rename
+
+    def full(path: Path, target: Path) -> Path:
+        if path == image:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    await engine.delete(fork.id, graceful=False)
+    assert expanded(engine) == []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import re
@@ -104,6 +105,7 @@ class ImageLibrary:
         self._root, self._records = root, records
         self._pulls: dict[str, _Pull] = {}
         self._slots = asyncio.Semaphore(_MAX_AT_ONCE)
+        self._publishing = asyncio.Lock()
         with storage_errors("open the image directory"):
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             for leftover in root.glob(".new-*"):
@@ -319,17 +321,15 @@ class ImageLibrary:
         digest, config = await _in_thread(lambda: _build(staging, layered))
         self._write_config(staging, image, digest, config)
         home, intent = self._home(digest), _intent("make image", digest)
-        there = self._disk_exists(digest)
         self._records.intend(intent)
         try:
-            with storage_errors("keep an image"):
-                await _in_thread(lambda: _publish(staging, home))
-            return self._adopt(image, digest, fulfils=intent.subject)
+            async with self._publishing:  # two may have made the same disk
+                with storage_errors("keep an image"):
+                    await _in_thread(lambda: _publish(staging, home))
+                return self._adopt(image, digest, fulfils=intent.subject)
         except BaseException:
-            # What lay there already may be somebody's: a disk can outlive its name.
-            if not there and not self._named(digest):
-                remove_tree(home)
             self._records.fulfil(intent.subject)
+            self.release(digest)  # it may have lain there already, and be somebody's
             raise
 
     @staticmethod
@@ -485,7 +485,9 @@ class ImageLibrary:
         pull = self._pulls.get(image.name)
         if pull is not None:
             pull.task.cancel()
-        if not image.digest or self._named(image.digest, but=image.name):
+        digest = image.digest
+        # One that is being made under another name needs the disk too.
+        if not digest or self._named(digest, but=image.name) or self._records.need_image(digest):
             self._records.delete(image.name)
             return
         intent = _intent("delete image", image.digest)
@@ -539,9 +541,14 @@ def _publish(staging: Path, home: Path) -> None:
     for name in _FILES:
         fsync_file(staging / name)
     fsync_directory(staging)
-    if not (home / "root.squashfs").is_file():
-        remove_tree(home)
+    try:
         staging.rename(home)
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        if not (home / "root.squashfs").is_file():
+            remove_tree(home)
+            staging.rename(home)
     fsync_directory(home.parent)
 
 

@@ -136,19 +136,22 @@ class ExpandedImages:
             try:
                 if path.stat().st_nlink > 1:
                     continue
-                # Large files take a while to go: out of the way first, then out of the loop.
-                going = path.rename(path.with_name(f".{key}.{self._context.new_id()}"))
+                self._remove(path)
             except FileNotFoundError:
                 pass
             except OSError as error:  # a disk that fails: whoever drops a link is not to suffer
                 log.warning("expanded image %s cannot be removed: %s", key, error)
                 continue
-            else:
-                self._remove(going)
             self._known.discard(key)
 
     def _remove(self, path: Path) -> None:
-        task = asyncio.create_task(_unlink(path), name=f"remove {path.name}")
+        """Take an image away at once, its bytes soon: large files take a while. Raises OSError."""
+        try:
+            going = path.rename(path.with_name(f".{path.name}.{self._context.new_id()}"))
+        except OSError:
+            path.unlink()  # a full disk has no room for another name, and needs these bytes
+            return
+        task = asyncio.create_task(_unlink(going), name=f"remove {going.name}")
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
 
