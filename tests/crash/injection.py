@@ -114,12 +114,21 @@ class Injector:
         plan = _Plan(1, _MASKS[fault], _ERRORS[fault], number, last, deadly, 0, 0, 0, only.encode())
         self._map[: ctypes.sizeof(plan)] = bytes(plan)
 
+    @property
+    def stays(self) -> bool:
+        """Whether a fault has struck that strikes at every further call, until it is disarmed."""
+        plan = self._plan()
+        return bool(plan.fired) and bool(plan.last == _FOR_EVER)
+
     def disarm(self) -> Outcome:
         """Stop counting; what happened since ``arm``."""
-        plan = _Plan.from_buffer_copy(self._map[: ctypes.sizeof(_Plan)])
+        plan = self._plan()
         self._map[: ctypes.sizeof(_Plan)] = bytes(ctypes.sizeof(_Plan))
         where = plan.where.decode(errors="replace")
         return Outcome(plan.calls, plan.fired > 0, where)
+
+    def _plan(self) -> _Plan:
+        return _Plan.from_buffer_copy(self._map[: ctypes.sizeof(_Plan)])
 
     def close(self) -> None:
         """Unmap the plan."""
