@@ -21,6 +21,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def json_line(value: Any) -> str:
+    """A value as JSON on one line, for streams of them."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print rows under headings: a rich table on a terminal, aligned plain columns elsewhere."""
     cells = [["-" if cell in (None, "") else str(cell) for cell in row] for row in rows]

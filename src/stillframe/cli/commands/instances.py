@@ -144,10 +144,7 @@ def logs(
     """Print an instance's log."""
     query = {"tail": str(tail), "follow": str(follow).lower(), "source": source}
     for line in context.obj.events(instance_path(instance, "logs"), query):
-        if as_json:
-            output.print_json({"line": line})
-        else:
-            print(line, flush=follow)
+        print(output.json_line({"line": line}) if as_json else line, flush=follow)
 
 
 def stop(context: typer.Context, instances: list[str], as_json: JsonFlag = False) -> None:
