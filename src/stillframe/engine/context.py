@@ -133,6 +133,7 @@ class Context:
         self.expanded: ExpandedImages
         self.compressor: Compressor
         self.logs: Logs
+        self.undo_earlier: Callable[[str], Awaitable[None]]
         self.telemetry = Telemetry(records.instances.values, records.snapshots.values)
         self.live: dict[str, LiveInstance] = {}
         self.starts = asyncio.Semaphore(settings.max_concurrent_starts)
@@ -290,7 +291,9 @@ class Context:
     async def exclusive(self, instance_id: str, verb: str) -> AsyncIterator[Instance]:
         """Hold the instance for ``verb``; yields its record as it is then.
 
-        Waits for other verbs, but not for its making. Raises NotFound, InvalidState.
+        Waits for other verbs, but not for its making. What an earlier one could not undo is undone
+        first, for until then the instance's files are not those that its record tells of. Raises
+        NotFound, InvalidState; HostFailure when that fails again.
         """
         known = self.records.instances.get(instance_id)
         if instance_id in self._making and known and known.state is InstanceState.CREATED:
@@ -300,6 +303,8 @@ class Context:
                 state=known.state.value,
             )
         async with self._lock(instance_id):
+            self.instance(instance_id)  # maybe it was deleted meanwhile
+            await self.undo_earlier(instance_id)
             yield self.instance(instance_id)
 
     @contextlib.asynccontextmanager

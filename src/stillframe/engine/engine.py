@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,6 +79,7 @@ class Engine(KeepingVerbs):
         self.context.expanded = ExpandedImages(self.context)
         self.context.compressor = Compressor(self.context)
         self.context.logs = Logs(self.context)
+        self.context.undo_earlier = partial(restore_snapshot.undo_earlier, self.context)
         self.scheduler = Scheduler(self.context)
         self.uploads = Uploads(self.context)
         self.places = Places()

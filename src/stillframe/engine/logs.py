@@ -82,10 +82,14 @@ class Logs:
             large = [path for path in map(paths.log, LOG_SOURCES) if self._too_large(path)]
             if not large or self._context.held(instance_id):
                 continue
-            with contextlib.suppress(NotFound):
+            try:
                 async with self._context.exclusive(instance_id, "cut logs"):
                     for path in large:
                         await self._shorten(path)
+            except NotFound:
+                continue
+            except HostFailure as error:  # it is looked at again
+                log.warning("the logs of %s cannot be shortened: %s", instance_id, error)
 
     def _too_large(self, path: Path) -> bool:
         try:

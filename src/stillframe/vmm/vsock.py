@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stillframe.host.sockets import connect_unix
 from stillframe.host.watch import file_changes
-from stillframe.model.errors import VmmFailure
+from stillframe.model.errors import HostFailure, VmmFailure
 from stillframe.vmm.driver import AgentStream
 
 AGENT_VSOCK_PORT = 2222  # agent/agent.c
@@ -37,7 +37,7 @@ async def dial_vsock(
     async with contextlib.AsyncExitStack() as held:
         printed = asyncio.Event()
         if console is not None:
-            with contextlib.suppress(OSError):  # not there yet: then without
+            with contextlib.suppress(OSError, HostFailure):  # not there yet: then without
                 printed = await held.enter_async_context(file_changes(console))
         while True:
             printed.clear()

@@ -148,8 +148,12 @@ class Compressor:
             self._start(snapshot.id, self._snapshot)
 
     def want_standby(self, instance: Instance) -> None:
-        """Compress a committed standby image when it is due, if the record says so."""
-        if instance.state is InstanceState.STANDBY and instance.standby_compression is not None:
+        """Compress a committed standby image when it is due, if the record says so.
+
+        Not while another state is in its place (``engine/verbs/restore_snapshot.py``).
+        """
+        wanted = instance.state is InstanceState.STANDBY and instance.standby_compression
+        if wanted and instance.id not in self._context.records.intents:
             self._start(instance.id, self._standby)
 
     def space_freed(self) -> None:

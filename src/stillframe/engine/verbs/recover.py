@@ -124,6 +124,7 @@ def _undo_files(context: Context, intent: Intent) -> None:
     data, subject = context.data, intent.subject
     match intent.verb:
         case "create" | "fork" | "delete":
+            remove_tree(data.instance_staged(subject).directory)
             remove_tree(data.instance(subject).directory)
         case "snapshot" | "import snapshot":
             remove_tree(data.snapshot_new(subject).directory)

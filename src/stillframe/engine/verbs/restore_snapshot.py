@@ -28,7 +28,7 @@ from stillframe.host.files import (
     storage_errors,
 )
 from stillframe.images.boot import write_config_disk
-from stillframe.model.errors import InvalidRequest
+from stillframe.model.errors import HostFailure, InvalidRequest
 from stillframe.model.states import InstanceState, Verb, permission
 from stillframe.model.values import Hypervisor, Instance, Snapshot
 from stillframe.store.paths import InstancePaths, Payload
@@ -36,6 +36,7 @@ from stillframe.store.payloads import check, memory_file, share_memory, without_
 from stillframe.store.records import Intent
 
 log = logging.getLogger("stillframe.restore")
+_VERB = "restore snapshot"
 
 
 async def restore_snapshot(
@@ -52,7 +53,7 @@ async def restore_snapshot(
     DamagedData, NotSupported, StorageFull, VmmFailure, GuestFailure; it is then as before.
     """
     async with (
-        context.exclusive(instance_id, "restore snapshot") as instance,
+        context.exclusive(instance_id, _VERB) as instance,
         context.using(snapshot_id) as snapshot,
     ):
         check_own(snapshot, instance_id)
@@ -115,15 +116,13 @@ async def _swap(
     data, phases = context.data, Phases()
     current, staged = data.instance(instance.id), data.instance_staged(instance.id)
 
-    intent = Intent(instance.id, "restore snapshot", {})
+    intent = Intent(instance.id, _VERB, {})
 
     async def take_back() -> None:
-        """If this fails the intent stays, and the next server does it."""
+        """If this fails the intent stays, and the next verb or server does it."""
         if instance.id not in context.records.intents:  # the restored record is there already
             context.witness(instance, intent=intent, note="restoring a snapshot is undone")
-        await end(context, instance.id)
-        put_back(current, staged)
-        context.records.fulfil(instance.id)
+        await finish(_undo(context, instance.id))
 
     await end(context, instance.id)  # a VMM that could not be ended when it was to be
     with storage_errors("begin the restore"):
@@ -144,6 +143,40 @@ async def _swap(
         log.warning("what %s was before cannot be removed: %s", instance.name, error)
     context.expanded.sweep()
     return result
+
+
+async def undo_earlier(context: Context, instance_id: str) -> None:
+    """Undo a restore in place that failed and could not be undone then; the instance is held.
+
+    Until then another state is in the place of the one that the record tells of, and the instance's
+    own is only in the directory beside. Every verb comes here first (``Context.exclusive``). Raises
+    HostFailure when it cannot be undone yet: all is left as it is.
+    """
+    intent = context.records.intents.get(instance_id)
+    if intent is None or intent.verb != _VERB:
+        return
+    try:
+        await finish(_undo(context, instance_id))
+    except HostFailure as error:
+        raise HostFailure(
+            f"a restore in place that failed before cannot be undone yet: {error.message}",
+            code=error.code,
+            hint="try again; the next start of the server tries it too",
+        ) from error
+    context.note(instance_id, "a restore in place that failed before has been undone")
+    context.compressor.want_standby(context.instance(instance_id))
+
+
+async def _undo(context: Context, instance_id: str) -> None:
+    """End the VMM of a restore in place and give the instance its old state and no intent.
+
+    Raises HostFailure, VmmFailure; then the intent stays.
+    """
+    data = context.data
+    await end(context, instance_id)
+    current, staged = data.instance(instance_id), data.instance_staged(instance_id)
+    await asyncio.to_thread(put_back, current, staged)
+    context.records.fulfil(instance_id)
 
 
 def _stage(
@@ -171,14 +204,18 @@ def _stage(
 def put_back(current: InstancePaths, staged: InstancePaths) -> None:
     """Give an instance its old state again after a failed or interrupted restore.
 
-    It can be interrupted, and asked for again. Raises OSError, HostFailure; then the old state is
-    still in one of the two places.
+    It can be interrupted, and asked for again. Raises HostFailure; then the old state is still in
+    one of the two places. What cannot be removed of the other one only takes room: it goes with the
+    next restore in place, the next start or the instance.
     """
     with storage_errors("put the old state back"):
         if current.restored.exists():
             exchange(staged.directory, current.directory)
-            fsync_directory(current.directory.parent)
+        fsync_directory(current.directory.parent)  # also when an earlier try failed just here
+    try:
         remove_tree(staged.directory)
+    except OSError as error:
+        log.warning("%s cannot be removed: %s", staged.directory, error)
 
 
 def give_up(current: InstancePaths, staged: InstancePaths) -> None:

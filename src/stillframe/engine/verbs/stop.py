@@ -113,10 +113,12 @@ async def delete(
 
 async def _remove(context: Context, instance: Instance) -> None:
     """Remove the files, then the record, of an instance without a VMM."""
-    directory = context.data.instance(instance.id).directory
+    data = context.data
     try:
         with storage_errors("remove the files of the instance"):
-            await asyncio.to_thread(remove_tree, directory)
+            # What is left of a restore in place is in a directory beside.
+            for paths in (data.instance_staged(instance.id), data.instance(instance.id)):
+                await asyncio.to_thread(remove_tree, paths.directory)
     except HostFailure:  # the intent stays: what is left goes with the next try or start
         reason = "it could not be deleted completely; delete it again"
         stopped = context.moved(instance, InstanceState.STOPPED, process=None, state_error=reason)
