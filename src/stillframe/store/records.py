@@ -33,7 +33,7 @@ from stillframe.model.errors import (
 )
 from stillframe.model.lineage import Forebear, bury
 from stillframe.model.schedules import Schedule
-from stillframe.model.values import Image, Instance, Snapshot
+from stillframe.model.values import ClockReading, Image, Instance, Snapshot
 
 T = TypeVar("T")
 Statement = tuple[str, tuple[str | None, ...]]
@@ -69,6 +69,8 @@ _MIGRATIONS = (
     CREATE TABLE schedules (instance_id TEXT PRIMARY KEY, document TEXT NOT NULL) STRICT;
     CREATE TABLE forebears (id TEXT PRIMARY KEY, document TEXT NOT NULL) STRICT;
     """,
+    # At most one row: what the next server needs to judge its clock by.
+    "CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 1), document TEXT NOT NULL) STRICT;",
 )
 
 
@@ -89,7 +91,8 @@ def _insertion(intent: Intent) -> Statement:
 
 
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {
-    kind: TypeAdapter(kind) for kind in (Instance, Snapshot, Image, Schedule, Forebear)
+    kind: TypeAdapter(kind)
+    for kind in (Instance, Snapshot, Image, Schedule, Forebear, ClockReading)
 }
 
 _FACTS = TypeAdapter(dict[str, str])
@@ -128,6 +131,7 @@ class Records:
         self.forebears = self._load("forebears", Forebear)
         self._images = {i.name: i for i in self._load("images", Image, key="name").values()}
         self.intents = self._load_intents()
+        self.clock = self._load_clock()
         self._names = {i.name: i.id for i in self.instances.values()}
 
     def _migrate(self) -> None:
@@ -175,6 +179,19 @@ class Records:
                 facts = {}
             found[subject] = Intent(subject, verb, facts)
         return found
+
+    def _load_clock(self) -> ClockReading | None:
+        """The reading of an earlier server; one that cannot be read is as good as none."""
+        row = self._connection.execute("SELECT CAST(document AS BLOB) FROM clock").fetchone()
+        if row is None:
+            return None
+        try:
+            reading = from_json(ClockReading, row[0])
+        except DamagedData as error:
+            log.error("%s; the newest record tells the time", error)
+            return None
+        aware = reading.believed.tzinfo is not None and reading.wall.tzinfo is not None
+        return reading if aware else None
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -388,6 +405,20 @@ class Records:
         with self.transaction() as sql:
             sql.execute("DELETE FROM schedules WHERE instance_id = ?", (instance_id,))
         self.schedules.pop(instance_id, None)
+
+    # -- the clock ----------------------------------------------------------------------------
+    def put_clock(self, reading: ClockReading) -> None:
+        """Keep a reading for the next server. One that cannot be written is let go."""
+        try:
+            with self.transaction() as sql:
+                sql.execute(
+                    "INSERT OR REPLACE INTO clock (id, document) VALUES (1, ?)",
+                    (to_json(reading),),
+                )
+        except HostFailure as error:
+            log.warning("%s; the time is kept later", error)  # by a newer reading
+            return
+        self.clock = reading
 
     # -- images -------------------------------------------------------------------------------
     def put(self, image: Image, *, fulfils: str | None = None, can_wait: bool = False) -> None:
