@@ -90,6 +90,11 @@ def _insertion(intent: Intent) -> Statement:
     )
 
 
+def _unwritten(error: sqlite3.Error) -> HostFailure:
+    kind = StorageFull if "full" in str(error) else HostFailure
+    return kind(f"the records could not be written: {error}", hint="check the data directory")
+
+
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {
     kind: TypeAdapter(kind)
     for kind in (Instance, Snapshot, Image, Schedule, Forebear, ClockReading)
@@ -142,9 +147,12 @@ class Records:
                 hint="run a newer stillframe",
             )
         for number, script in enumerate(_MIGRATIONS[version:], start=version + 1):
-            self._connection.executescript(
-                f"BEGIN IMMEDIATE; {script} PRAGMA user_version={number}; COMMIT;"
-            )
+            try:
+                self._connection.executescript(
+                    f"BEGIN IMMEDIATE; {script} PRAGMA user_version={number}; COMMIT;"
+                )
+            except sqlite3.Error as error:
+                raise _unwritten(error) from error
 
     def _load(self, table: str, kind: type[T], key: str = "id") -> dict[str, T]:
         found: dict[str, T] = {}
@@ -210,10 +218,7 @@ class Records:
                 raise NameConflict("the name is already in use") from error
             if isinstance(error, sqlite3.Error):
                 self._supersede()
-                full = "full" in str(error)
-                raise (StorageFull if full else HostFailure)(
-                    f"the records could not be written: {error}", hint="check the data directory"
-                ) from error
+                raise _unwritten(error) from error
             raise
 
     def _supersede(self) -> None:
