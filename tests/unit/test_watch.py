@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import resource
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from stillframe.model.errors import HostFailure
 def descriptors() -> int:
     """How many inotify descriptors this process has."""
     names = list(Path("/proc/self/fd").iterdir())
-    links = [os.readlink(name) for name in names if name.is_symlink()]
+    links = [str(name.readlink()) for name in names if name.is_symlink()]
     return links.count("anon_inode:inotify")
 
 
