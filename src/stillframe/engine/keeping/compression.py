@@ -26,6 +26,7 @@ from stillframe.engine.telemetry import Operation
 from stillframe.host.files import allocated_bytes, storage_errors
 from stillframe.model.errors import HostFailure, InvalidRequest, StillframeError, StorageFull
 from stillframe.model.states import InstanceState
+from stillframe.model.units import LONGEST_DURATION
 from stillframe.model.values import (
     CompressionAlgorithm,
     CompressionConfig,
@@ -80,10 +81,25 @@ def delay_of(instance: Instance, requested: timedelta | None) -> timedelta:
     return delay or timedelta(0)
 
 
+def check_policy(policy: SnapshotPolicy | None) -> None:
+    """Raises InvalidRequest for a policy that no instance can be put to sleep by."""
+    if policy is None:
+        return
+    if policy.compression is not None and policy.compression.enabled:
+        effective(policy.compression)
+    delay = policy.standby_compression_delay
+    if delay is not None and not timedelta(0) <= delay <= LONGEST_DURATION:
+        raise InvalidRequest(
+            "the delay of the compression is negative, or longer than 292 years",
+            code="invalid_compression_delay",
+        )
+
+
 def begun(snapshot: Snapshot, payload: Payload, config: CompressionConfig | None) -> Snapshot:
-    """A snapshot's record at its commit, with the state of its memory. Raises DamagedData.
+    """A snapshot's record at its commit, with the state of its memory.
 
     ``config`` is what it is to be compressed with; it may be so already, shared with its source.
+    Raises DamagedData, OSError.
     """
     found = memory_file(payload)
     if config is None or found is None:

@@ -294,8 +294,8 @@ class KeepingInterface(Protocol):
     ) -> ExportedArchive:
         """The archive of a snapshot from byte ``offset`` on, with its ``image`` if wanted.
 
-        Its first bytes are checked on return. With ``tag`` it must be that same archive. Raises
-        NotFound, DamagedData, Conflict (tag), InvalidRequest (offset).
+        Its first bytes are checked on return. With ``tag`` it must be that same archive, and an
+        ``offset`` needs one. Raises NotFound, DamagedData, Conflict (tag), InvalidRequest (offset).
         """
 
     async def import_snapshot(
