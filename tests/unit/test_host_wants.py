@@ -16,10 +16,10 @@ from stillframe.engine.interface import ForkRequest
 from stillframe.host import files
 from stillframe.model.errors import DamagedData, HostFailure
 from stillframe.model.states import InstanceState
-from stillframe.model.values import CompressionState, Snapshot
+from stillframe.model.values import Snapshot
 from stillframe.model.verification import Depth
 from stillframe.store import compression, manifest, readers, verification
-from support.compressing import LIVE, ZSTD, captured, compressed
+from support.compressing import LIVE, captured, compressed
 from support.descriptors import no_descriptors
 from support.engine import ask, running
 from support.moving import DISK, archive_of
@@ -171,18 +171,6 @@ async def test_a_standby_image_that_cannot_be_opened_is_kept(engine: Engine) -> 
     assert engine.find_instance(source.id).state is InstanceState.STANDBY
     await engine.restore(source.id)
     await ask(engine, source.id, "true")
-
-
-async def test_a_snapshot_is_compressed_once_the_want_is_over(engine: Engine) -> None:
-    made = await captured(engine)
-    with unopenable("memory", errno.EMFILE):
-        again = await engine.snapshot(made.source_instance_id, kind=LIVE, compression=ZSTD)
-        await engine.context.compressor.settled(again.id)
-    found = engine.find_snapshot(again.id)
-    assert found.compression_state is CompressionState.ERROR
-    assert found.compression_error is not None
-    assert os.strerror(errno.EMFILE) in found.compression_error
-    assert unmarked(engine, again)
 
 
 def test_what_is_the_files_own_is_damage(tmp_path: Path) -> None:

@@ -221,6 +221,7 @@ def about_of(snapshot: Snapshot) -> dict[str, Any]:
     told = replace(
         snapshot,
         size_bytes=0,
+        timings_ms={},
         warm_count=0,
         expires_at=None,
         pinned=False,
