@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -157,6 +158,24 @@ async def test_a_load_that_lacks_something_is_told_so_and_can_be_tried_again(
         assert unmarked(engine, made)
     assert not engine.context.records.intents
     await LOADS[verb](engine, made)
+
+
+async def test_a_fork_is_kept_warm_once_the_want_is_over(engine: Engine) -> None:
+    made = await captured(engine)
+    with unopenable("manifest.json", errno.EMFILE):
+        await engine.set_warm(made.id, 1)
+        async with asyncio.timeout(30):
+            status = await engine.context.warm.settled(made.id)
+    assert os.strerror(errno.EMFILE) in str(status.limited_by)
+    assert unmarked(engine, made)
+
+
+async def test_a_snapshot_that_cannot_see_the_one_below_marks_it_not(engine: Engine) -> None:
+    made = await captured(engine)
+    with unopenable("manifest.json", errno.EMFILE):
+        await refuses(engine.snapshot(made.source_instance_id, kind=LIVE), errno.EMFILE)
+    assert unmarked(engine, made)
+    await engine.snapshot(made.source_instance_id, kind=LIVE)
 
 
 async def test_a_standby_image_that_cannot_be_opened_is_kept(engine: Engine) -> None:
