@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import pytest
 
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import CreateRequest, ForkRequest
-from stillframe.engine.keeping.clock import PATIENCE
 from stillframe.engine.moving.export import about_of
 from stillframe.model.errors import InvalidRequest
 from stillframe.model.states import InstanceState
@@ -23,8 +22,8 @@ from stillframe.store.manifest import read_manifest
 from stillframe.store.paths import Payload
 from stillframe.store.payloads import seal
 from support.compressing import LIVE, ZSTD, captured
-from support.engine import ask, running
-from support.moving import DISK, take
+from support.engine import ask
+from support.moving import take
 
 
 def told(engine: Engine, made: Snapshot, change: dict[str, Any], **words: Any) -> bytes:
@@ -99,20 +98,3 @@ async def test_sizes_that_nobody_could_ask_for_are_refused(
     with pytest.raises(InvalidRequest, match="sizes"):
         await take(engine, b"".join(export(payload, about=about)))
     assert [snapshot.id for snapshot in engine.list_snapshots()] == [made.id]
-
-
-async def test_a_time_to_come_is_not_believed(engine: Engine) -> None:
-    source = await engine.stop((await running(engine)).id)
-    made = await engine.snapshot(source.id, kind=DISK, name="ready")
-    before = datetime.now(UTC)
-    later = "2500-01-01T00:00:00Z"
-    arrived = await take(
-        engine, told(engine, made, {"created_at": later}, name="second", created_at=later)
-    )
-    assert before <= arrived.created_at <= datetime.now(UTC)
-    assert before <= arrived.template.created_at <= datetime.now(UTC)
-    again = await take(engine, told(engine, made, {}, name="third"))
-    assert again.created_at == made.created_at  # that of the capture is kept
-    clock = engine.context.now
-    newest = max(snapshot.created_at for snapshot in engine.list_snapshots())
-    assert clock() - newest < PATIENCE

@@ -147,7 +147,7 @@ def _template(context: Context, told: Snapshot, manifest: Mapping[str, Any]) -> 
 
 
 def _past(context: Context, moment: datetime) -> datetime:
-    """A time as it is kept, but none to come: the newest one recorded vouches for the clock.
+    """When something was made: before it came here, whatever the clock there said.
 
     Raises InvalidRequest.
     """
