@@ -183,6 +183,8 @@ class Client:
                 max_size=2**20,
                 compression=None,
                 proxy=None,
+                # The answer would wait behind data: stdin that is not taken, output not yet read.
+                ping_interval=None,
             )
         except InvalidStatus as error:
             body = error.response.body or b""
