@@ -129,10 +129,10 @@ def test_the_sdk_sends_all_of_stdin_in_one_message(sdk: Hypeman) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pings of both libraries, where nothing is said of them, at once instead of after 20 s."""
-    wishes = {"ping_interval": 0.1, "ping_timeout": 0.1}
-    monkeypatch.setattr("websockets.sync.client.connect", partial(connect, **wishes))
-    of_server = {f"ws_{name}": seconds for name, seconds in wishes.items()}
-    monkeypatch.setattr(uvicorn, "Config", partial(uvicorn.Config, **of_server))
+    hasty_client = partial(connect, ping_interval=0.1, ping_timeout=0.1)
+    monkeypatch.setattr("websockets.sync.client.connect", hasty_client)
+    hasty_server = partial(uvicorn.Config, ws_ping_interval=0.1, ws_ping_timeout=0.1)
+    monkeypatch.setattr(uvicorn, "Config", hasty_server)
 
 
 def test_a_command_that_does_not_take_its_stdin_is_not_cut_off(
@@ -146,9 +146,7 @@ def test_a_command_that_does_not_take_its_stdin_is_not_cut_off(
         await asyncio.sleep(0.8)
         await write_stdin(session, data)
 
-    def answering(url: str, **options: Any) -> ClientConnection:
-        return connect(url, ping_interval=None, **options)
-
+    answering: Any = partial(connect, ping_interval=None)
     monkeypatch.setattr(DoubleSession, "write_stdin", busy_at_first)
     stdin = [b"x" * (1 << 20)] * 6
     result = sdk_exec(sdk, "web", ["cat"], stdin=iter([*stdin, b"exit 7"]), connector=answering)

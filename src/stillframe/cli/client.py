@@ -183,8 +183,9 @@ class Client:
                 max_size=2**20,
                 compression=None,
                 proxy=None,
-                # The answer would wait behind data: stdin that is not taken, output not yet read.
-                ping_interval=None,
+                # Pings keep proxies from ending an idle session. Their answers may take any time:
+                # they wait behind stdin that is not taken, or output that is not read yet.
+                ping_timeout=None,
             )
         except InvalidStatus as error:
             body = error.response.body or b""
