@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,22 @@ import pytest
 from stillframe.engine import capture as capturing
 from stillframe.engine.context import Context
 from stillframe.engine.engine import Engine
+from stillframe.engine.interface import ForkRequest
 from stillframe.engine.machines import resources_of
-from stillframe.model.errors import VmmFailure
+from stillframe.engine.verbs import fork as forking
+from stillframe.host.files import fsync_data
+from stillframe.model.errors import DamagedData, VmmFailure
+from stillframe.model.units import MIB
 from stillframe.model.values import SnapshotKind
+from stillframe.model.verification import Depth
+from stillframe.store.manifest import EXTENT
 from stillframe.vmm.driver import MachineStatus
 from stillframe.vmm.fake.driver import FakeDriver, FakeMachine
 from support.engine import ask, make_engine, open_engine, running, traces
-from support.payloads import verified
+from support.payloads import flip, verified
 
 LIVE = SnapshotKind.STANDBY
+LAST_PAGE = EXTENT - 4096  # of the extent in which the guest keeps what it is told
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
@@ -103,23 +111,114 @@ async def test_a_deletion_under_way_is_finished_before_the_server_ends(tmp_path:
     assert traces(tmp_path) == []
 
 
-async def test_the_snapshot_below_may_be_deleted_while_digests_are_made(
+@pytest.mark.parametrize("step", ["clone", "update_table"])
+async def test_the_snapshot_below_may_be_deleted_at_any_time(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Between the clones of its image and of its digests, and while digests are made."""
+    source = await running(engine)
+    first = await engine.snapshot(source.id, kind=LIVE)
+    await ask(engine, source.id, "set", "word", "changed")
+    directory = engine.context.data.snapshot(first.id).directory
+    known = getattr(capturing, step)
+
+    def then_lose(*arguments: Any, **how: Any) -> Any:
+        if step == "clone":
+            known(*arguments, **how)
+        shutil.rmtree(directory, ignore_errors=True)
+        return None if step == "clone" else known(*arguments, **how)
+
+    monkeypatch.setattr(capturing, step, then_lose)
+    second = await engine.snapshot(source.id, kind=LIVE)
+    assert not directory.exists()
+    assert verified(engine.context.data.snapshot(second.id)).damage == ()
+
+
+async def test_damage_of_the_snapshot_below_is_found_and_not_vouched_for(engine: Engine) -> None:
+    """The guest's own memory is whole; the page that rots shares an extent with one it writes."""
+    source = await running(engine)
+    first = await engine.snapshot(source.id, kind=LIVE, name="first")
+    await ask(engine, source.id, "set", "word", "changed")
+    flip(engine.context.data.snapshot(first.id).memory, LAST_PAGE * 8)
+    with pytest.raises(DamagedData, match="first, on which this one built, is damaged") as caught:
+        await engine.snapshot(source.id, kind=LIVE)
+    assert caught.value.facts["offset"] == 0
+    assert "memory" in (engine.find_snapshot(first.id).damaged or "")
+    assert [found.id for found in engine.list_snapshots()] == [first.id]
+    second = await engine.snapshot(source.id, kind=LIVE)
+    assert verified(engine.context.data.snapshot(second.id)).damage == ()
+    fork = await engine.fork_snapshot(second.id, ForkRequest("fork"))
+    assert await ask(engine, fork.id, "get", "word") == "changed"
+
+
+async def test_nothing_is_built_on_a_snapshot_that_is_known_to_be_damaged(engine: Engine) -> None:
+    source = await running(engine)
+    first = await engine.snapshot(source.id, kind=LIVE)
+    flip(engine.context.data.snapshot(first.id).memory, (10 * MIB) * 8)
+    assert (await engine.verify_snapshot(first.id, Depth.FULL)).damage
+    second = await engine.snapshot(source.id, kind=LIVE)
+    assert verified(engine.context.data.snapshot(second.id)).damage == ()
+
+
+async def test_a_table_below_that_its_manifest_does_not_know_is_found(engine: Engine) -> None:
+    source = await running(engine)
+    payload = engine.context.data.snapshot((await engine.snapshot(source.id, kind=LIVE)).id)
+    flip(payload.table("memory"), 10 * MIB // EXTENT * 32 * 8)
+    with pytest.raises(DamagedData, match="does not match its digest"):
+        await engine.snapshot(source.id, kind=LIVE)
+    second = await engine.snapshot(source.id, kind=LIVE)
+    assert verified(engine.context.data.snapshot(second.id)).damage == ()
+
+
+async def test_memory_that_rots_under_a_guest_is_not_captured(
+    engine: Engine, tmp_path: Path
+) -> None:
+    source = await running(engine)
+    first = await engine.snapshot(source.id, kind=LIVE)
+    fork = await engine.fork_snapshot(first.id, ForkRequest("fork"))
+    await ask(engine, fork.id, "set", "word", "changed")
+    flip(engine.context.data.instance(fork.id).memory, LAST_PAGE * 8)
+    for _ in range(2):
+        with pytest.raises(DamagedData, match="memory image that fork runs on is damaged"):
+            await engine.snapshot(fork.id, kind=LIVE)
+    with pytest.raises(DamagedData):
+        await engine.standby(fork.id)
+    assert await ask(engine, fork.id, "get", "word") == "changed"
+    assert [path.name for path in (tmp_path / "snapshots").iterdir()] == [first.id]
+
+
+async def test_a_standby_that_is_cancelled_at_the_very_end_of_its_capture_leaves_a_guest_that_runs(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the look at its table of digests and the use of it."""
     source = await running(engine)
-    await engine.snapshot(source.id, kind=LIVE)
-    await ask(engine, source.id, "set", "word", "changed")
-    look = capturing._digest_of
-    gone: list[Path] = []
+    close = capturing._Capture.close
 
-    def look_and_lose(table: Path) -> str | None:
-        found = look(table)
-        shutil.rmtree(table.parent)
-        gone.append(table)
-        return found
+    async def cancelled(capture: Any) -> None:
+        falling_asleep.cancel()
+        await asyncio.sleep(0)
+        await close(capture)
 
-    monkeypatch.setattr(capturing, "_digest_of", look_and_lose)
-    second = await engine.snapshot(source.id, kind=LIVE)
-    assert len(gone) == 1
-    assert verified(engine.context.data.snapshot(second.id)).damage == ()
+    monkeypatch.setattr(capturing._Capture, "close", cancelled)
+    falling_asleep = asyncio.create_task(engine.standby(source.id))
+    await asyncio.wait([falling_asleep])
+    assert falling_asleep.cancelled()
+    assert await engine.context.live[source.id].machine.status() is MachineStatus.RUNNING
+    assert await ask(engine, source.id, "true") == ""
+
+
+async def test_disks_that_are_copied_keep_no_other_work_waiting(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are copied by threads that do nothing else."""
+    source = await running(engine)
+    await engine.stop(source.id)
+    copying: set[str] = set()
+
+    def noticed(path: Path) -> None:
+        copying.add(threading.current_thread().name)
+        fsync_data(path)
+
+    monkeypatch.setattr(forking, "fsync_data", noticed)
+    await asyncio.gather(*(engine.fork(source.id, name=f"fork-{n}") for n in range(8)))
+    assert copying
+    assert all(name.startswith("copy") for name in copying)

@@ -21,11 +21,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
-
-from blake3 import blake3
 
 from stillframe.engine.context import Context, LiveInstance, Phases, finish
 from stillframe.host.capture import MemoryCapture
@@ -33,9 +31,10 @@ from stillframe.host.files import clone, copy_into, create_sparse, fsync_data, s
 from stillframe.host.image import drop_zeros, merge_pages, open_private
 from stillframe.host.memory import GuestMemory
 from stillframe.host.runs import Runs
-from stillframe.model.errors import VmmFailure
+from stillframe.model.errors import DamagedData, VmmFailure
 from stillframe.model.values import Instance
 from stillframe.store.digests import update_table, write_table
+from stillframe.store.manifest import file_entries, read_manifest
 from stillframe.store.paths import InstancePaths, Payload
 from stillframe.store.payloads import PayloadSize, seal
 from stillframe.store.readers import FileReader
@@ -71,7 +70,8 @@ async def capture(
 
     The guest runs again afterwards, also on failure; with ``stay_paused`` it stands still if all
     went well, and its own disk is part of the capture. The payload is durable on return.
-    Raises VmmFailure, StorageFull, HostFailure; the caller removes the payload then.
+    Raises VmmFailure, StorageFull, HostFailure, and DamagedData when what the memory would be built
+    on has changed on disk; the caller removes the payload then.
     """
     # A thread of its own: the pause must not wait for one of the shared threads.
     with ThreadPoolExecutor(1, "capture") as thread, storage_errors("capture guest memory"):
@@ -79,13 +79,15 @@ async def capture(
             context, instance, live, payload,
             phases=phases, stay_paused=stay_paused, thread=thread,
         )  # fmt: skip
+        stands_still = False
         try:
-            with phases.measure("disk_ahead"):
-                await one.disk_ahead()
-            with phases.measure("memory_ahead"):
-                await one.in_thread(one.memory_ahead)
-            pause_ms = await one.pause()
             try:
+                with phases.measure("disk_ahead"):
+                    await one.disk_ahead()
+                with phases.measure("memory_ahead"):
+                    await one.in_thread(one.memory_ahead)
+                pause_ms = await one.pause()
+                stands_still = stay_paused
                 with phases.measure("write_memory"):
                     await one.in_thread(one.after)
                 with phases.measure("digest"):
@@ -96,12 +98,14 @@ async def capture(
                     )
                 if one.moment is not None:
                     one.moment.is_kept_in(payload.memory)
-            except BaseException:
-                if stay_paused:  # nobody will take it from here: the guest must not stand still
-                    await finish(live.machine.resume())
-                raise
-        finally:
-            await finish(one.close())
+            except DamagedData as error:
+                raise one.of_below(error) from error
+            finally:
+                await finish(one.close())
+        except BaseException:
+            if stands_still:  # and nobody will take the guest from here
+                await finish(live.machine.resume())
+            raise
     return Captured(size, pause_ms, one.moment)
 
 
@@ -120,6 +124,7 @@ class _Capture:
         thread: ThreadPoolExecutor,
     ) -> None:
         self._context = context
+        self._instance = instance
         self._machine = live.machine
         self._live = live
         self._paths: InstancePaths = context.data.instance(instance.id)
@@ -134,8 +139,9 @@ class _Capture:
         self._difference: MemoryDifference | None = None
         self.moment: Moment | None = None
         self._copying = False
-        self._table_below: Path | None = None
-        self._known: str | None = None  # the digest of that table, if it might change
+        self._image_below: FileReader | None = None  # where its table has been cloned too
+        self._table_digest: str | None = None  # of the table below, where a manifest has it
+        self._snapshot_below = ""
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run blocking ``work`` in the capture's thread."""
@@ -176,29 +182,47 @@ class _Capture:
         """Clone the image since which the VMM has noted writes; an empty one where that is gone."""
         moment, memory = self._machine.moment, self._payload.memory
         image = None if moment is None else moment.image
-        if image is not None:
+        if moment is not None and image is not None and not self._known_damaged(image):
             with contextlib.suppress(FileNotFoundError):
-                clone(image, memory)
-                table = image.with_name(f"{image.name}.blake3")
-                known = _digest_of(table)
-                if moment is not None and moment.image == image:  # still: nothing took its place
-                    self._below, self._table_below, self._known = moment, table, known
+                self._clone_image(image, image.with_name(f"{image.name}.blake3"))
+                if moment.image == image:  # still: nothing took its place
+                    self._below = moment
                     return
-                memory.unlink()
+            self._forget_clone()
         create_sparse(memory, self._paths.memory.stat().st_size)
 
     def _clone_below(self) -> bool:
         """Clone the last capture's image (true), or, if that is gone, the one that is mapped."""
         # Until this capture has succeeded, no image says what the pages written since belong to.
         last, self._live.captured = self._live.captured, None
-        if last is not None:
+        if last is not None and not self._known_damaged(last.memory):
             with contextlib.suppress(FileNotFoundError):  # that snapshot was deleted
-                clone(last.memory, self._payload.memory)
-                self._table_below = last.table(last.memory.name)
-                return True
-        clone(self._paths.memory, self._payload.memory)
-        self._table_below = self._paths.memory_table
+                self._clone_image(last.memory, last.table(last.memory.name))
+                if self._image_below is not None:
+                    return True
+            self._forget_clone()
+        self._clone_image(self._paths.memory, self._paths.memory_table)
         return False
+
+    def _known_damaged(self, image: Path) -> bool:
+        snapshot = self._context.records.snapshots.get(image.parent.name)
+        return snapshot is not None and snapshot.damaged is not None
+
+    def _clone_image(self, image: Path, table: Path) -> None:
+        """Clone an image and its digest table; it can still be read when its names are gone."""
+        self._snapshot_below = image.parent.name
+        below = self._held.enter_context(FileReader(image))
+        clone(image, self._payload.memory)
+        with contextlib.suppress(FileNotFoundError):  # what was booted cold has no table
+            clone(table, self._payload.table(self._payload.memory.name))
+            self._image_below = below
+            self._table_digest = _digest_in(image.with_name("manifest.json"), image.name)
+
+    def _forget_clone(self) -> None:
+        memory = self._payload.memory
+        for path in (memory, self._payload.table(memory.name)):
+            path.unlink(missing_ok=True)
+        self._image_below = self._table_digest = None
 
     async def pause(self) -> float:
         """Pause, take what is left, resume; the milliseconds the guest stood still."""
@@ -287,18 +311,31 @@ class _Capture:
     def digest(self) -> dict[str, str]:
         """Make the image's digest table, from the one below where there is one: see ``seal``."""
         memory = self._payload.memory
-        table = self._payload.table(memory.name)
+        table, below, runs = self._payload.table(memory.name), self._image_below, self._changed()
         with FileReader(memory) as image:
-            below, runs, known = self._table_below, self._changed(), None
-            if below is not None and runs is not None:
-                known = _digest_of(below)
-            # A table that was another one when its image was cloned is of another image by now.
-            if below is None or runs is None or known is None or self._known not in (None, known):
+            if below is None or runs is None:
+                table.unlink(missing_ok=True)
                 return {memory.name: write_table(image, table)}
             changed = ((start, end - start) for some in runs for start, end in some)
-            with contextlib.suppress(FileNotFoundError):  # its snapshot was deleted just now
-                return {memory.name: update_table(image, table, below, known, changed)}
-            return {memory.name: write_table(image, table)}
+            return {
+                memory.name: update_table(image, table, below, changed, known=self._table_digest)
+            }
+
+    def of_below(self, error: DamagedData) -> DamagedData:
+        """What a damaged image below means for this capture; its snapshot is marked."""
+        records, facts = self._context.records, error.facts
+        found = f"{error.message} ({facts.get('length', 0)} bytes at {facts.get('offset', 0)})"
+        snapshot = records.snapshots.get(self._snapshot_below)
+        if snapshot is None:
+            what = f"the memory image that {self._instance.name} runs on is damaged"
+            hint = "its memory there cannot be told from damage: go back to an older snapshot"
+        else:
+            what = f"snapshot {snapshot.name or snapshot.id}, on which this one built, is damaged"
+            hint = "ask again: the next one is built without it"
+            records.update_snapshot(replace(snapshot, damaged=found), can_wait=True)
+        refused = DamagedData(f"{what}: {found}", hint=hint)
+        refused.facts.update(facts)
+        return refused
 
     def _changed(self) -> list[Runs] | None:
         """What differs from the image below; None if that is not known."""
@@ -316,11 +353,18 @@ class _Capture:
                 await self._machine.end_disk_copy(OVERLAY)
 
 
-def _digest_of(table: Path) -> str | None:
-    """The BLAKE3 of a digest table in hex; None if there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        return blake3(table.read_bytes()).hexdigest()
-    return None
+def _digest_in(manifest: Path, name: str) -> str | None:
+    """The digest of a file's table as a manifest has it. Raises DamagedData.
+
+    None without a manifest: what an instance maps has none, and a snapshot may be deleted just now.
+    """
+    try:
+        entry = file_entries(read_manifest(manifest)).get(name)
+    except DamagedData:
+        if manifest.exists():
+            raise
+        return None
+    return None if entry is None else entry.table_blake3
 
 
 def manifest_facts(instance: Instance) -> dict[str, Any]:

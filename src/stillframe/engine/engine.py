@@ -109,6 +109,7 @@ class Engine(KeepingVerbs):
                 await live.connection.close()
             await live.machine.close()
         self.context.live.clear()
+        self.context.copying.shutdown()
         self._records.close()
 
     # -- instances ----------------------------------------------------------------------------

@@ -14,13 +14,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
 from blake3 import blake3
 
-from stillframe.host.files import clone_into, new_file, read_exactly, write_fully
+from stillframe.host.files import new_file, read_exactly, write_fully
+from stillframe.host.image import open_private
 from stillframe.host.threads import in_order
 from stillframe.model.units import MIB
 from stillframe.store.manifest import EXTENT, damaged
@@ -30,6 +31,7 @@ DIGEST = 32  # bytes of one table entry
 NO_DATA = bytes(DIGEST)  # the entry of an extent of zeros
 SPAN = 4 * MIB  # bytes one thread digests at a time
 _READ = MIB
+Range = tuple[int, int]  # first byte, and the one after the last
 
 
 def table_size(file_size: int) -> int:
@@ -70,8 +72,8 @@ def span_digests(reader: Reader, start: int, end: int) -> tuple[bytes, int]:
 
 
 def whole_extents(
-    ranges: Iterable[tuple[int, int]], start: int, end: int, length: int = EXTENT
-) -> Iterator[tuple[int, int]]:
+    ranges: Iterable[Range], start: int, end: int, length: int = EXTENT
+) -> Iterator[Range]:
     """Ascending byte ranges widened to whole extents of ``length`` within ``end``, none twice."""
     done = start
     for first, last in ranges:
@@ -104,65 +106,108 @@ def write_table(source: Reader, table: Path, *, threads: int | None = None) -> s
 def update_table(
     source: Reader,
     table: Path,
-    parent: Path,
-    parent_blake3: str,
+    below: Reader,
     changed: Iterable[tuple[int, int]],
     *,
+    known: str | None = None,
     threads: int | None = None,
 ) -> str:
-    """The new file ``table`` for ``source`` from its parent's table; its own BLAKE3 in hex.
+    """Bring ``table``, a clone of the table of ``below``, up to date; its own BLAKE3 in hex.
 
-    ``changed`` are ``(offset, length)`` in bytes and must cover every byte that differs from the
-    parent's file; only these extents are read, and whatever lies beyond the parent's end. The
-    table is not flushed to the device. Raises DamagedData when the parent's table does not have
-    the digest ``parent_blake3``, OSError; then there is no table.
+    ``source`` is a clone of ``below`` in which ``changed`` was written: ``(offset, length)`` in
+    bytes, all that differs. Only these extents are read, and whatever lies beyond the end of
+    ``below``. Where an extent keeps bytes of ``below``, these are checked first: damage must not
+    get a digest that vouches for it. The table is not flushed to the device. Raises DamagedData
+    when ``below`` is not what its table says, or the table not what ``known`` says (its BLAKE3 in
+    hex), OSError; then the table is of no use.
     """
-    with new_file(table) as fd:
-        clone_into(parent, fd)
-        if table_digest(fd) != parent_blake3:
-            raise damaged(parent.name, "does not match its digest")
-        known = os.fstat(fd).st_size // DIGEST * EXTENT
+    ranges = _merged((offset, offset + length) for offset, length in changed if length)
+    with open_private(table) as fd:
+        if os.fstat(fd).st_size != table_size(below.size):
+            raise damaged(table.name, "does not fit its file")
+        if known is not None and table_digest(fd) != known:
+            raise damaged(table.name, "does not match its digest")
+        if source.size != below.size:
+            # The last extent of either file may be cut short, so it is never taken over.
+            end = min(source.size, below.size) // EXTENT * EXTENT
+            tail = max(0, min(end, (source.size - 1) // EXTENT * EXTENT))
+            ranges = _merged([*ranges, (tail, source.size)])
+        _check(below, fd, _kept_in_part(ranges, min(source.size, below.size)), threads)
         os.ftruncate(fd, table_size(source.size))
-        # The last extent of either file may be cut short, so it is never taken over.
-        last = (source.size - 1) // EXTENT * EXTENT
-        tail = max(0, min(known - EXTENT, last))
-        ranges = [*changed, (tail, source.size - tail)]
-        _fill(source, fd, _touched(ranges, source.size), threads, fresh=False)
+        _fill(source, fd, whole_extents(_within(ranges, source.size), 0, source.size), threads)
         return table_digest(fd)
 
 
-def _touched(changed: Iterable[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
-    """The extents that byte ranges touch, as ascending ranges, none twice."""
-    ranges = sorted((offset, min(offset + length, size)) for offset, length in changed if length)
-    if ranges and ranges[0][0] < 0:
-        raise ValueError("a changed range begins before the file")
-    return whole_extents((r for r in ranges if r[0] < r[1]), 0, size)
+def _merged(ranges: Iterable[Range]) -> list[Range]:
+    """Ascending byte ranges of the same bytes, none of which touch."""
+    found: list[Range] = []
+    for start, end in sorted(ranges):
+        if start < 0:
+            raise ValueError("a changed range begins before the file")
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], end)
+        else:
+            found.append((start, end))
+    return found
+
+
+def _within(ranges: Iterable[Range], size: int) -> Iterator[Range]:
+    return ((start, min(end, size)) for start, end in ranges if start < size)
+
+
+def _kept_in_part(ranges: Iterable[Range], size: int) -> Iterator[Range]:
+    """The extents of a file that merged ``ranges`` overwrite in part only, ascending."""
+    done = 0
+    for start, end in _within(ranges, size):
+        for border in (start, end):
+            first = border // EXTENT * EXTENT
+            if border not in (first, size) and first >= done:
+                done = min(first + EXTENT, size)
+                yield first, done
+
+
+def _check(below: Reader, fd: int, extents: Iterable[Range], threads: int | None) -> None:
+    """Compare single extents of a file with its open table. Raises DamagedData, OSError."""
+
+    def compare(start: int, end: int) -> None:
+        entry, _ = span_digests(below, start, end)
+        if entry != read_exactly(fd, DIGEST, start // EXTENT * DIGEST):
+            what = "has changed since it was written"
+            raise damaged(below.name, what, offset=start, length=end - start)
+
+    _in_spans(compare, extents, threads)
 
 
 def _fill(
-    reader: Reader,
-    fd: int,
-    ranges: Iterable[tuple[int, int]],
-    threads: int | None,
-    *,
-    fresh: bool,
+    reader: Reader, fd: int, ranges: Iterable[Range], threads: int | None, *, fresh: bool = False
 ) -> None:
     """Write the entries of whole extents in ``ranges`` into an open table."""
 
-    def work(pieces: list[tuple[int, int]]) -> None:
+    def enter(start: int, end: int) -> None:
+        entries, _ = span_digests(reader, start, end)
+        if not fresh or entries != bytes(len(entries)):  # a fresh table stays sparse
+            write_fully(fd, entries, start // EXTENT * DIGEST)
+
+    _in_spans(enter, ranges, threads)
+
+
+def _in_spans(
+    work: Callable[[int, int], None], ranges: Iterable[Range], threads: int | None
+) -> None:
+    """Do ``work`` for each of ascending ranges, cut at the spans; a thread has a span at a time."""
+
+    def each(pieces: list[Range]) -> None:
         for start, end in pieces:
-            entries, _ = span_digests(reader, start, end)
-            if not fresh or entries != bytes(len(entries)):  # a fresh table stays sparse
-                write_fully(fd, entries, start // EXTENT * DIGEST)
+            work(start, end)
 
     pieces = (piece for start, end in ranges for piece in spans(start, end, SPAN))
     groups = itertools.groupby(pieces, key=lambda piece: piece[0] // SPAN)
-    with contextlib.closing(in_order(work, (list(group) for _, group in groups), threads)) as done:
+    with contextlib.closing(in_order(each, (list(group) for _, group in groups), threads)) as done:
         for _ in done:
             pass
 
 
-def spans(start: int, end: int, length: int) -> Iterator[tuple[int, int]]:
+def spans(start: int, end: int, length: int) -> Iterator[Range]:
     """Cut a byte range at the multiples of ``length``."""
     while start < end:
         stop = min((start // length + 1) * length, end)
