@@ -110,6 +110,7 @@ class Engine(KeepingVerbs):
             await live.machine.close()
         self.context.live.clear()
         self.context.copying.shutdown()
+        self.scheduler.close()
         self._records.close()
 
     # -- instances ----------------------------------------------------------------------------
