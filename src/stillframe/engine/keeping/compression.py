@@ -180,7 +180,7 @@ class Compressor:
                 )
                 self.want_snapshot(self._context.snapshot(key))
         elif instance is not None and not self._context.held(key):
-            # Who holds it may just have called this off; a standby image that stays is wanted anew.
+            # Whoever holds it may have called this off. Else it is tried at the next deletion.
             self.want_standby(instance)
 
     async def cancel(self, key: str) -> None:
