@@ -179,7 +179,6 @@ class Compressor:
                 check_free(self._context, expected_bytes)
             except HostFailure:
                 continue
-            del self._lacking_space[key]
             self._try_again(key)
 
     def _put_off(self, key: str, error: Exception) -> None:
@@ -196,15 +195,20 @@ class Compressor:
                     key, compression_state=CompressionState.COMPRESSING, compression_error=None
                 )
                 self.want_snapshot(self._context.snapshot(key))
-        elif instance is not None:
+        elif instance is not None and not self._context.held(key):
+            # Whoever holds it may have called this off. Else it is tried at the next deletion.
             self.want_standby(instance)
 
     async def cancel(self, key: str) -> None:
-        """Break off the compression for a snapshot or instance and wait for its end."""
-        job = self._jobs.get(key)
-        if job is not None:
+        """Break off the compression for a snapshot or instance and wait for its end.
+
+        Nothing of it is left: neither a job nor the wish to try again when there is space.
+        """
+        while (job := self._jobs.get(key)) is not None:
             job.cancel()
             await asyncio.wait([job])
+            self._forget(key, job)
+        self._lacking_space.pop(key, None)
 
     async def settled(self, key: str) -> None:
         """Return when nothing is at work, nor to come, for a snapshot or instance."""
@@ -213,8 +217,11 @@ class Compressor:
             await asyncio.wait([job])
 
     def _start(self, key: str, work: Callable[[str], Coroutine[Any, Any, None]]) -> None:
-        if self._context.closing:
+        known = self._jobs.get(key)
+        # ``cancel`` must find whoever is at work, so there is never more than one.
+        if self._context.closing or (known is not None and not known.done()):
             return
+        self._lacking_space.pop(key, None)
         job = self._context.spawn(work(key), name=f"compress {key}")
         self._jobs[key] = job
         job.add_done_callback(lambda _: self._forget(key, job))
