@@ -165,17 +165,17 @@ def circumstances(data: Path | None = None) -> dict[str, str]:
 
 def _commit() -> str:
     done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return done.stdout.strip() or "unknown"
+        ["git", "describe", "--always"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    dirty = "-dirty" if changed_files() else ""
+    return f"{done.stdout.strip()}{dirty}" if done.stdout else "unknown"
 
 
 def changed_files() -> list[str]:
-    """Tracked files that differ from the last commit, but for the results themselves."""
+    """Tracked files that differ from the last commit, but for results written by measurements."""
     done = subprocess.run(
         ["git", "status", "--porcelain", "--untracked-files=no", "--", ".",
-         ":!bench/results.*", ":!bench/plots"],
+         ":!bench/results.*", ":!bench/plots", ":!docs/crash.md"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     return [line[3:] for line in done.stdout.splitlines()]

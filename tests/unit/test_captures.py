@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from stillframe.engine.context import Context
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import ForkRequest
 from stillframe.engine.machines import resources_of
+from stillframe.engine.verbs import fork as forking
+from stillframe.host.files import fsync_data
 from stillframe.model.errors import DamagedData, VmmFailure
 from stillframe.model.units import MIB
 from stillframe.model.values import SnapshotKind
@@ -182,3 +185,40 @@ async def test_memory_that_rots_under_a_guest_is_not_captured(
         await engine.standby(fork.id)
     assert await ask(engine, fork.id, "get", "word") == "changed"
     assert [path.name for path in (tmp_path / "snapshots").iterdir()] == [first.id]
+
+
+async def test_a_standby_that_is_cancelled_at_the_very_end_of_its_capture_leaves_a_guest_that_runs(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = await running(engine)
+    close = capturing._Capture.close
+
+    async def cancelled(capture: Any) -> None:
+        falling_asleep.cancel()
+        await asyncio.sleep(0)
+        await close(capture)
+
+    monkeypatch.setattr(capturing._Capture, "close", cancelled)
+    falling_asleep = asyncio.create_task(engine.standby(source.id))
+    await asyncio.wait([falling_asleep])
+    assert falling_asleep.cancelled()
+    assert await engine.context.live[source.id].machine.status() is MachineStatus.RUNNING
+    assert await ask(engine, source.id, "true") == ""
+
+
+async def test_disks_that_are_copied_keep_no_other_work_waiting(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are copied by threads that do nothing else."""
+    source = await running(engine)
+    await engine.stop(source.id)
+    copying: set[str] = set()
+
+    def noticed(path: Path) -> None:
+        copying.add(threading.current_thread().name)
+        fsync_data(path)
+
+    monkeypatch.setattr(forking, "fsync_data", noticed)
+    await asyncio.gather(*(engine.fork(source.id, name=f"fork-{n}") for n in range(8)))
+    assert copying
+    assert all(name.startswith("copy") for name in copying)

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -412,6 +413,19 @@ async def test_what_belongs_to_the_old_server_stays_behind(here: Engine, there: 
     assert dict(arrived.tags) == {"a": "b"}
     assert (arrived.pinned, arrived.warm_count, arrived.damaged) == (False, 0, None)
     assert arrived.compression is None
+
+
+async def test_what_comes_was_made_before_it_came(here: Engine, there: Engine) -> None:
+    source = await here.stop((await running(here)).id)
+    made = await here.snapshot(source.id, kind=DISK)
+    future = datetime(2500, 1, 1, tzinfo=UTC)
+    told = replace(made, created_at=future, template=replace(made.template, created_at=future))
+    data = b"".join(
+        export(here.context.data.snapshot(made.id), about={"snapshot": _document(told)})
+    )
+    arrived = await take(there, data)
+    assert made.created_at < arrived.created_at <= there.context.now()
+    assert arrived.template.created_at <= there.context.now()
 
 
 def _document(snapshot: Snapshot) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -23,10 +24,13 @@ NOW = datetime(2030, 3, 15, 12, 30, tzinfo=UTC)
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 
 
-def every(step: timedelta, count: int, *, pinned: tuple[int, ...] = ()) -> list[Candidate]:
+def every(
+    step: timedelta, count: int, *, pinned: tuple[int, ...] = (), damaged: tuple[int, ...] = ()
+) -> list[Candidate]:
     """``count`` snapshots a ``step`` apart, the last one at NOW; s0 is the oldest."""
     return [
-        Candidate(f"s{n}", NOW - step * (count - 1 - n), pinned=n in pinned) for n in range(count)
+        Candidate(f"s{n}", NOW - step * (count - 1 - n), n in pinned, n in damaged)
+        for n in range(count)
     ]
 
 
@@ -78,6 +82,28 @@ def test_a_pinned_one_stays_and_takes_no_place() -> None:
     assert reasons(verdicts, "s3") == "within max_count 2 (number 1)"
 
 
+def test_damaged_ones_take_no_place_and_no_count_lets_them_go() -> None:
+    snapshots = every(HOUR, 6, damaged=(1, 4, 5))
+    for rules in (Retention(max_count=2), Retention(keep_last=2), Retention(hourly=2)):
+        verdicts = judge(snapshots, rules, NOW)
+        assert kept(verdicts) == ["s1", "s2", "s3", "s4", "s5"]
+        assert reasons(verdicts, "s5") == "damaged: it takes no place"
+        assert "number 1" in reasons(verdicts, "s3") or "hourly 1" in reasons(verdicts, "s3")
+        assert next_change(snapshots, rules, NOW) is None
+
+
+def test_age_lets_a_damaged_one_go_unless_it_is_pinned_or_too_young() -> None:
+    snapshots = every(HOUR, 5, damaged=(0, 1, 2, 3), pinned=(1,))
+    rules = Retention(keep_last=9, max_age=3 * HOUR)
+    verdicts = judge(snapshots, rules, NOW)
+    assert kept(verdicts) == ["s1", "s2", "s3", "s4"]
+    assert reasons(verdicts, "s0") == "damaged, and 4h0m0s old, older than max_age 3h0m0s"
+    assert reasons(verdicts, "s2") == "damaged: it takes no place, and stays until max_age 3h0m0s"
+    assert next_change(snapshots[2:], rules, NOW) == NOW + HOUR
+    young = judge(snapshots, replace(rules, minimum_age=9 * HOUR), NOW)
+    assert reasons(young, "s0").endswith("4h0m0s old, younger than minimum_age 9h0m0s")
+
+
 def test_nothing_goes_before_its_minimum_age() -> None:
     rules = Retention(max_count=1, minimum_age=2 * HOUR)
     verdicts = judge(every(HOUR, 4), rules, NOW)
@@ -123,18 +149,19 @@ retentions = st.builds(
 
 
 @st.composite
-def histories(draw: Callable[..., list[tuple[int, bool]]]) -> list[Candidate]:
+def histories(draw: Callable[..., list[tuple[int, bool, bool]]]) -> list[Candidate]:
     """Any snapshots in any order of times: the clock may have gone anywhere between two."""
-    minutes_and_pins = draw(st.lists(st.tuples(st.integers(-5000, 60_000), st.booleans())))
+    minutes = st.integers(-5000, 60_000)
+    drawn = draw(st.lists(st.tuples(minutes, st.booleans(), st.booleans())))
     return [
-        Candidate(f"s{number}", NOW - timedelta(minutes=minutes), pinned)
-        for number, (minutes, pinned) in enumerate(minutes_and_pins)
+        Candidate(f"s{number}", NOW - timedelta(minutes=minutes), pinned, damaged)
+        for number, (minutes, pinned, damaged) in enumerate(drawn)
     ]
 
 
 def wanted_by_rules(snapshots: list[Candidate], rules: Retention) -> set[str]:
     """What the keep rules choose, worked out another way: period by period."""
-    newest_first = [s for s in reversed(snapshots) if not s.pinned]
+    newest_first = [s for s in reversed(snapshots) if not (s.pinned or s.damaged)]
     chosen = {s.id for s in newest_first[: rules.keep_last]}
     for layout, count in (
         ("%Y%m%d%H", rules.hourly),
@@ -155,15 +182,17 @@ def test_exactly_what_nothing_speaks_for_goes(snapshots: list[Candidate], rules:
     assert [verdict.id for verdict in verdicts] == [snapshot.id for snapshot in snapshots]
     assert all(verdict.reasons for verdict in verdicts)
     wanted = wanted_by_rules(snapshots, rules)
-    unpinned = [s for s in reversed(snapshots) if not s.pinned]
+    counted = [s for s in reversed(snapshots) if not (s.pinned or s.damaged)]
     for snapshot, verdict in zip(snapshots, verdicts, strict=True):
         age = max(timedelta(0), NOW - snapshot.created_at)
         young = rules.minimum_age is not None and age < rules.minimum_age
-        within = rules.limited and not (
-            (rules.max_count and unpinned.index(snapshot) >= rules.max_count)
-            or (rules.max_age and age >= rules.max_age)
-        ) if not snapshot.pinned else False  # fmt: skip
-        assert verdict.keep == (snapshot.pinned or young or snapshot.id in wanted or bool(within))
+        too_old = bool(rules.max_age and age >= rules.max_age)
+        if snapshot.pinned or snapshot.damaged:
+            assert verdict.keep == (snapshot.pinned or young or not too_old)
+            continue
+        too_many = bool(rules.max_count and counted.index(snapshot) >= rules.max_count)
+        within = rules.limited and not (too_many or too_old)
+        assert verdict.keep == (young or snapshot.id in wanted or within)
 
 
 @given(histories(), retentions)

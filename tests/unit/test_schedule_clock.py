@@ -20,7 +20,8 @@ from stillframe.model.errors import NotFound, StorageFull
 from stillframe.model.retention import Retention
 from stillframe.model.schedules import Schedule, ScheduleRequest
 from stillframe.model.states import InstanceState
-from stillframe.model.values import SnapshotKind
+from stillframe.model.values import Snapshot, SnapshotKind
+from stillframe.store.records import Records
 from support.clock import DAY, HOUR, MINUTE, START, SetClock, look, stopped
 from support.engine import make_engine, open_engine, running
 
@@ -123,6 +124,114 @@ async def test_a_clock_far_ahead_at_the_start_is_believed_after_a_day(
         assert len(await look(second)) == left
         clock.go_on(15 * HOUR)
         assert await look(second) == []
+
+
+async def one_day(
+    tmp_path: Path, clock: SetClock, up: timedelta, *, killed: bool = False
+) -> list[Snapshot]:
+    """A server of which nothing is asked, up for a while of a day; the snapshots at its end."""
+    engine = make_engine(tmp_path)
+    clock.rule(engine)
+    async with open_engine(tmp_path, engine):
+        for _ in range(up // HOUR):
+            clock.go_on(HOUR)
+            left = await look(engine)
+        if killed:  # then nobody says what time it is
+            engine.scheduler.close = lambda: None  # type: ignore[method-assign]
+    clock.go_on(DAY - up)
+    return left
+
+
+async def with_a_snapshot(tmp_path: Path, clock: SetClock, *, lives: timedelta) -> None:
+    """A data directory with a snapshot that expires, whose server has been stopped."""
+    engine = make_engine(tmp_path)
+    clock.rule(engine)
+    async with open_engine(tmp_path, engine):
+        source = await stopped(engine)
+        taken = await engine.snapshot(source.id, kind=SnapshotKind.STOPPED)
+        engine.edit_snapshot(taken.id, {"expires_at": clock.wall + lives})
+
+
+@pytest.mark.parametrize("killed", [False, True])
+async def test_an_idle_server_that_is_restarted_daily_lets_snapshots_expire(
+    tmp_path: Path, clock: SetClock, killed: bool
+) -> None:
+    await with_a_snapshot(tmp_path, clock, lives=70 * HOUR)
+    left = [len(await one_day(tmp_path, clock, 23 * HOUR, killed=killed)) for _ in range(3)]
+    assert left == [1, 1, 0]
+
+
+async def test_patience_is_counted_over_restarts(tmp_path: Path, clock: SetClock) -> None:
+    """A host that was away for a week and is up for eight hours a day needs three of them."""
+    await with_a_snapshot(tmp_path, clock, lives=5 * DAY)
+    clock.go_on(7 * DAY)
+    assert [len(await one_day(tmp_path, clock, 8 * HOUR)) for _ in range(3)] == [1, 1, 0]
+
+
+async def test_patience_begins_anew_when_the_clock_leaps_again(
+    tmp_path: Path, clock: SetClock
+) -> None:
+    await with_a_snapshot(tmp_path, clock, lives=5 * DAY)
+    for _ in range(4):
+        clock.leap(30 * DAY)
+        assert len(await one_day(tmp_path, clock, 8 * HOUR)) == 1
+
+
+async def test_a_record_of_a_clock_that_had_leapt_is_not_believed_by_the_next_server(
+    tmp_path: Path, clock: SetClock
+) -> None:
+    await with_a_snapshot(tmp_path, clock, lives=5 * DAY)
+    first = make_engine(tmp_path)
+    clock.rule(first)
+    async with open_engine(tmp_path, first):
+        await look(first)
+        clock.leap(30 * DAY)
+        (source,) = first.list_instances()
+        await first.snapshot(source.id, kind=SnapshotKind.STOPPED)
+        assert len(await look(first)) == 2
+    second = make_engine(tmp_path)
+    clock.rule(second)
+    async with open_engine(tmp_path, second):
+        assert len(await look(second)) == 2
+        clock.leap(-30 * DAY)
+        clock.go_on(5 * DAY)
+        assert len(await look(second)) == 1
+
+
+async def test_a_record_of_the_far_future_hides_no_leap_from_a_server_without_a_reading(
+    tmp_path: Path, clock: SetClock
+) -> None:
+    """As an earlier version left it, which took the times of archives as they were told."""
+    await with_a_snapshot(tmp_path, clock, lives=5 * DAY)
+    records = Records(tmp_path / "stillframe.db")
+    (snapshot,) = records.snapshots.values()
+    records.update_snapshot(replace(snapshot, created_at=START.replace(year=2500)))
+    with records.transaction() as sql:
+        sql.execute("DELETE FROM clock")
+    records.close()
+    clock.leap(400 * DAY)
+    assert len(await one_day(tmp_path, clock, 23 * HOUR)) == 1
+
+
+async def test_the_time_is_kept_hourly_and_a_full_disk_does_no_harm(
+    engine: Engine, clock: SetClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = engine.context.records
+    clock.go_on(HOUR - MINUTE)
+    await look(engine)
+    assert records.clock is None
+    with monkeypatch.context() as disk:
+        disk.setattr(records, "transaction", full)
+        clock.go_on(MINUTE)
+        await look(engine)
+        assert (records.clock, records._owed) == (None, [])
+    clock.go_on(HOUR - MINUTE)
+    await look(engine)
+    assert records.clock is None
+    clock.go_on(MINUTE)
+    await look(engine)
+    assert records.clock is not None
+    assert records.clock.believed == records.clock.wall == clock.wall
 
 
 async def test_a_leap_of_a_day_back_delays_no_run_by_a_day(engine: Engine, clock: SetClock) -> None:

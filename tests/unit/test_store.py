@@ -13,6 +13,7 @@ from stillframe.model.errors import DamagedData, HostFailure, NameConflict, NotF
 from stillframe.model.states import InstanceState
 from stillframe.model.units import new_id
 from stillframe.model.values import (
+    ClockReading,
     CompressionAlgorithm,
     CompressionConfig,
     Hypervisor,
@@ -124,6 +125,48 @@ def test_a_newer_data_directory_is_refused(tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(HostFailure, match="format 99"):
         Records(tmp_path / "db")
+
+
+def test_a_data_directory_of_an_earlier_version_is_brought_up_to_date(tmp_path: Path) -> None:
+    records = Records(tmp_path / "db")
+    instance = an_instance()
+    records.put_instance(instance)
+    records.close()
+    with sqlite3.connect(tmp_path / "db") as connection:
+        connection.executescript("DROP TABLE clock; PRAGMA user_version = 2;")
+    connection.close()
+    for expected in (None, ClockReading(NOW, NOW + timedelta(days=3), timedelta(hours=2))):
+        again = Records(tmp_path / "db")
+        assert list(again.instances) == [instance.id]
+        assert again.clock == expected
+        again.put_clock(ClockReading(NOW, NOW + timedelta(days=3), timedelta(hours=2)))
+        again.close()
+
+
+def test_a_data_directory_that_cannot_be_brought_up_to_date_says_so(tmp_path: Path) -> None:
+    Records(tmp_path / "db").close()
+    with sqlite3.connect(tmp_path / "db") as connection:  # the table is there already
+        connection.execute("PRAGMA user_version = 2")
+    connection.close()
+    with pytest.raises(HostFailure, match="could not be written"):
+        Records(tmp_path / "db")
+
+
+@pytest.mark.parametrize(
+    "document", ["{torn", '{"believed": "2030-01-02T03:04", "wall": "2030-01-02", "held": "P1D"}']
+)
+def test_a_reading_of_the_clock_that_makes_no_sense_is_as_good_as_none(
+    tmp_path: Path, document: str
+) -> None:
+    records = Records(tmp_path / "db")
+    records.put_clock(ClockReading(NOW, NOW, timedelta(0)))
+    with records.transaction() as sql:
+        sql.execute("UPDATE clock SET document = ?", (document,))
+    records.close()
+    again = Records(tmp_path / "db")
+    assert (again.clock, again.damaged) == (None, [])
+    again.put_clock(ClockReading(NOW, NOW, timedelta(0)))
+    again.close()
 
 
 def _delete_then_break(records: Records) -> None:

@@ -79,13 +79,15 @@ async def capture(
             context, instance, live, payload,
             phases=phases, stay_paused=stay_paused, thread=thread,
         )  # fmt: skip
+        stands_still = False
         try:
-            with phases.measure("disk_ahead"):
-                await one.disk_ahead()
-            with phases.measure("memory_ahead"):
-                await one.in_thread(one.memory_ahead)
-            pause_ms = await one.pause()
             try:
+                with phases.measure("disk_ahead"):
+                    await one.disk_ahead()
+                with phases.measure("memory_ahead"):
+                    await one.in_thread(one.memory_ahead)
+                pause_ms = await one.pause()
+                stands_still = stay_paused
                 with phases.measure("write_memory"):
                     await one.in_thread(one.after)
                 with phases.measure("digest"):
@@ -96,14 +98,14 @@ async def capture(
                     )
                 if one.moment is not None:
                     one.moment.is_kept_in(payload.memory)
-            except BaseException:
-                if stay_paused:  # nobody will take it from here: the guest must not stand still
-                    await finish(live.machine.resume())
-                raise
-        except DamagedData as error:
-            raise one.of_below(error) from error
-        finally:
-            await finish(one.close())
+            except DamagedData as error:
+                raise one.of_below(error) from error
+            finally:
+                await finish(one.close())
+        except BaseException:
+            if stands_still:  # and nobody will take the guest from here
+                await finish(live.machine.resume())
+            raise
     return Captured(size, pause_ms, one.moment)
 
 

@@ -9,15 +9,17 @@ import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stillframe.engine.settings import EngineSettings
 from stillframe.engine.telemetry import Telemetry
 from stillframe.guest.connection import AgentConnection
 from stillframe.host.capture import BufferBudget
-from stillframe.host.files import supports_reflink
+from stillframe.host.files import remove_tree, supports_reflink
 from stillframe.images.boot import BootPair, build_boot_pair, load_boot_pair, remove_boot_pair
 from stillframe.images.library import ImageLibrary
 from stillframe.model.errors import (
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("stillframe.engine")
 T = TypeVar("T")
+_COPIES_AT_ONCE = 4
 _PATIENCE = 1.0  # seconds that a loaded guest waits for others to be loaded
 _VERBS_END = 60.0  # seconds that a server that ends waits for verbs, once its requests are over
 
@@ -138,6 +141,8 @@ class Context:
         self.telemetry = Telemetry(records.instances.values, records.snapshots.values)
         self.live: dict[str, LiveInstance] = {}
         self.starts = asyncio.Semaphore(settings.max_concurrent_starts)
+        # Where blocks cannot be shared, disks are copied, slowly: no other work is to wait for it.
+        self.copying = ThreadPoolExecutor(_COPIES_AT_ONCE, "copy")
         self.capture_budget = BufferBudget(settings.capture_buffer_bytes)
         self.snapshot_users: Counter[str] = Counter()
         self._snapshot_idle = asyncio.Condition()
@@ -539,6 +544,14 @@ class Context:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def remove(path: Path) -> None:
+    """Remove a tree, whatever its size, beside other work; to the end, also when cancelled.
+
+    Raises OSError.
+    """
+    await finish(asyncio.to_thread(remove_tree, path))
 
 
 async def finish(work: Awaitable[T]) -> T:

@@ -109,6 +109,8 @@ class Engine(KeepingVerbs):
                 await live.connection.close()
             await live.machine.close()
         self.context.live.clear()
+        self.context.copying.shutdown()
+        self.scheduler.close()
         self._records.close()
 
     # -- instances ----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Reading, hashing and compressing release the interpreter's lock, so threads use 
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -18,6 +19,15 @@ R = TypeVar("R")
 def usable_processors() -> int:
     """How many processors this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+async def in_own_thread(work: Callable[[], T]) -> T:
+    """Run blocking ``work`` in a thread of its own, which waits for nobody else's.
+
+    For what a guest that stands still waits for. Not to be cancelled: that waits for ``work``.
+    """
+    with ThreadPoolExecutor(1, "at once") as thread:
+        return await asyncio.get_running_loop().run_in_executor(thread, work)
 
 
 def in_order(

@@ -5,7 +5,9 @@ much is kept at most; the policy's keep rules (``keep_last``, ``hourly`` … ``m
 snapshots worth keeping. A snapshot stays when anything speaks for it: it is pinned, younger than
 ``minimum_age``, chosen by a keep rule, or within the limits if there are any. Else it goes.
 
-A pinned snapshot is out of the rules' hands: it stays, and takes no place in any count.
+A pinned snapshot is out of the rules' hands: it stays, and takes no place in any count. A damaged
+one takes none either, else good ones would go in its favour; as it may be found whole again, no
+count or keep rule lets it go, but ``max_age`` does.
 
 "Newest" means made last, as the order of the arguments tells; a clock that went back cannot make
 the snapshot of this minute look like the oldest. Ages and periods go by ``created_at`` in UTC.
@@ -62,11 +64,12 @@ class Retention:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A snapshot as far as retention is concerned."""
+    """A snapshot as far as retention is concerned; ``damaged`` when it was found so."""
 
     id: str
     created_at: datetime
     pinned: bool = False
+    damaged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +105,18 @@ def judge(
 
     Verdicts come in the same order. Equal arguments give equal verdicts.
     """
-    counted = [s for s in reversed(snapshots) if not s.pinned]  # newest first
+    counted = [s for s in reversed(snapshots) if not (s.pinned or s.damaged)]  # newest first
     chosen = _chosen(counted, retention)
     number = {snapshot.id: place for place, snapshot in enumerate(counted, start=1)}
-    return tuple(
-        Verdict(s.id, True, ("pinned",))
-        if s.pinned
-        else _judge(s, number[s.id], chosen.get(s.id, []), retention, now)
-        for s in snapshots
-    )
+
+    def verdict(snapshot: Candidate) -> Verdict:
+        if snapshot.pinned:
+            return Verdict(snapshot.id, True, ("pinned",))
+        if snapshot.damaged:
+            return _judge_damaged(snapshot, retention, now)
+        return _judge(snapshot, number[snapshot.id], chosen.get(snapshot.id, []), retention, now)
+
+    return tuple(verdict(snapshot) for snapshot in snapshots)
 
 
 def next_change(
@@ -118,7 +124,9 @@ def next_change(
 ) -> datetime | None:
     """When the passing of time alone may next change a verdict; None if it never will."""
     ages = [age for age in (retention.max_age, retention.minimum_age) if age]
-    moments = (s.created_at + age for s in snapshots if not s.pinned for age in ages)
+    # No age lets a damaged one go where there is no max_age.
+    subject = (s for s in snapshots if not (s.pinned or (s.damaged and not retention.max_age)))
+    moments = (s.created_at + age for s in subject for age in ages)
     return min((moment for moment in moments if moment > now), default=None)
 
 
@@ -149,19 +157,37 @@ def _words(name: str, period: tuple[int, ...]) -> str:
     return f"{date} {period[3]:02d}:00" if len(period) > 3 else date
 
 
+def _judge_damaged(snapshot: Candidate, retention: Retention, now: datetime) -> Verdict:
+    too_young, too_old, _ = _by_age(snapshot, retention, now)
+    if too_old and not too_young:
+        return Verdict(snapshot.id, False, (f"damaged, and {too_old[0]}",))
+    until = f", and stays until max_age {_text(retention.max_age)}" if retention.max_age else ""
+    return Verdict(snapshot.id, True, (f"damaged: it takes no place{until}", *too_young))
+
+
+def _by_age(
+    snapshot: Candidate, retention: Retention, now: datetime
+) -> tuple[list[str], list[str], str]:
+    """What its age says for it and against it, and the age in words."""
+    age = max(timedelta(0), now - snapshot.created_at)
+    spoken = format_duration(timedelta(seconds=age // timedelta(seconds=1)))
+    too_young, too_old = [], []
+    if retention.minimum_age and age < retention.minimum_age:
+        too_young = [f"{spoken} old, younger than minimum_age {_text(retention.minimum_age)}"]
+    if retention.max_age and age >= retention.max_age:
+        too_old = [f"{spoken} old, older than max_age {_text(retention.max_age)}"]
+    return too_young, too_old, spoken
+
+
 def _judge(
     snapshot: Candidate, number: int, reasons: list[str], retention: Retention, now: datetime
 ) -> Verdict:
-    age = max(timedelta(0), now - snapshot.created_at)
-    spoken = format_duration(timedelta(seconds=age // timedelta(seconds=1)))
-    reasons = list(reasons)
-    if retention.minimum_age and age < retention.minimum_age:
-        reasons.append(f"{spoken} old, younger than minimum_age {_text(retention.minimum_age)}")
+    too_young, too_old, spoken = _by_age(snapshot, retention, now)
+    reasons = [*reasons, *too_young]
     beyond = []
     if 0 < retention.max_count < number:
         beyond.append(f"number {number}, beyond max_count {retention.max_count}")
-    if retention.max_age and age >= retention.max_age:
-        beyond.append(f"{spoken} old, older than max_age {_text(retention.max_age)}")
+    beyond += too_old
     if retention.limited and not beyond:
         within = [f"max_count {retention.max_count} (number {number})"] * bool(retention.max_count)
         within += (

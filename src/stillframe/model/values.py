@@ -249,6 +249,19 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class ClockReading:
+    """What a server tells the next one about the time (UTC).
+
+    ``believed`` is the time that deletions go by, ``wall`` what the wall clock said then, ``held``
+    how long it had held to that, as far as servers have looked on.
+    """
+
+    believed: datetime
+    wall: datetime
+    held: timedelta
+
+
+@dataclass(frozen=True, slots=True)
 class PathInfo:
     """What the guest says about one path. ``mode`` is the permission bits, ``size`` bytes."""
 

@@ -33,7 +33,7 @@ from stillframe.model.errors import (
 )
 from stillframe.model.lineage import Forebear, bury
 from stillframe.model.schedules import Schedule
-from stillframe.model.values import Image, Instance, Snapshot
+from stillframe.model.values import ClockReading, Image, Instance, Snapshot
 
 T = TypeVar("T")
 Statement = tuple[str, tuple[str | None, ...]]
@@ -69,6 +69,8 @@ _MIGRATIONS = (
     CREATE TABLE schedules (instance_id TEXT PRIMARY KEY, document TEXT NOT NULL) STRICT;
     CREATE TABLE forebears (id TEXT PRIMARY KEY, document TEXT NOT NULL) STRICT;
     """,
+    # At most one row: what the next server needs to judge its clock by.
+    "CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 1), document TEXT NOT NULL) STRICT;",
 )
 
 
@@ -88,8 +90,14 @@ def _insertion(intent: Intent) -> Statement:
     )
 
 
+def _unwritten(error: sqlite3.Error) -> HostFailure:
+    kind = StorageFull if "full" in str(error) else HostFailure
+    return kind(f"the records could not be written: {error}", hint="check the data directory")
+
+
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {
-    kind: TypeAdapter(kind) for kind in (Instance, Snapshot, Image, Schedule, Forebear)
+    kind: TypeAdapter(kind)
+    for kind in (Instance, Snapshot, Image, Schedule, Forebear, ClockReading)
 }
 
 _FACTS = TypeAdapter(dict[str, str])
@@ -128,6 +136,7 @@ class Records:
         self.forebears = self._load("forebears", Forebear)
         self._images = {i.name: i for i in self._load("images", Image, key="name").values()}
         self.intents = self._load_intents()
+        self.clock = self._load_clock()
         self._names = {i.name: i.id for i in self.instances.values()}
 
     def _migrate(self) -> None:
@@ -138,9 +147,12 @@ class Records:
                 hint="run a newer stillframe",
             )
         for number, script in enumerate(_MIGRATIONS[version:], start=version + 1):
-            self._connection.executescript(
-                f"BEGIN IMMEDIATE; {script} PRAGMA user_version={number}; COMMIT;"
-            )
+            try:
+                self._connection.executescript(
+                    f"BEGIN IMMEDIATE; {script} PRAGMA user_version={number}; COMMIT;"
+                )
+            except sqlite3.Error as error:
+                raise _unwritten(error) from error
 
     def _load(self, table: str, kind: type[T], key: str = "id") -> dict[str, T]:
         found: dict[str, T] = {}
@@ -176,6 +188,19 @@ class Records:
             found[subject] = Intent(subject, verb, facts)
         return found
 
+    def _load_clock(self) -> ClockReading | None:
+        """The reading of an earlier server; one that cannot be read is as good as none."""
+        row = self._connection.execute("SELECT CAST(document AS BLOB) FROM clock").fetchone()
+        if row is None:
+            return None
+        try:
+            reading = from_json(ClockReading, row[0])
+        except DamagedData as error:
+            log.error("%s; the newest record tells the time", error)
+            return None
+        aware = reading.believed.tzinfo is not None and reading.wall.tzinfo is not None
+        return reading if aware else None
+
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """One durable transaction. Raises StorageFull or HostFailure, having changed nothing."""
@@ -193,10 +218,7 @@ class Records:
                 raise NameConflict("the name is already in use") from error
             if isinstance(error, sqlite3.Error):
                 self._supersede()
-                full = "full" in str(error)
-                raise (StorageFull if full else HostFailure)(
-                    f"the records could not be written: {error}", hint="check the data directory"
-                ) from error
+                raise _unwritten(error) from error
             raise
 
     def _supersede(self) -> None:
@@ -388,6 +410,20 @@ class Records:
         with self.transaction() as sql:
             sql.execute("DELETE FROM schedules WHERE instance_id = ?", (instance_id,))
         self.schedules.pop(instance_id, None)
+
+    # -- the clock ----------------------------------------------------------------------------
+    def put_clock(self, reading: ClockReading) -> None:
+        """Keep a reading for the next server. One that cannot be written is let go."""
+        try:
+            with self.transaction() as sql:
+                sql.execute(
+                    "INSERT OR REPLACE INTO clock (id, document) VALUES (1, ?)",
+                    (to_json(reading),),
+                )
+        except HostFailure as error:
+            log.warning("%s; the time is kept later", error)  # by a newer reading
+            return
+        self.clock = reading
 
     # -- images -------------------------------------------------------------------------------
     def put(self, image: Image, *, fulfils: str | None = None, can_wait: bool = False) -> None:

@@ -6,8 +6,9 @@ ahead, the believed time goes on at the monotonic clock's pace, and takes the le
 wall clock has held to it for ``PATIENCE``. A clock that goes back is believed at once: nothing
 is ever deleted too early by it.
 
-A start is no exception: what it finds is held against the newest time in the records. Up to
-``PATIENCE`` beyond that it is taken for the time the server was down, and further for a leap.
+A start is no exception: what it finds is held against the time that the last server believed, or
+a newer one in the records. Up to ``PATIENCE`` beyond that it is taken for the time the server was
+down, and further for a leap. What a server has waited of its patience counts for the next one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+
+from stillframe.model.values import ClockReading
 
 PATIENCE = timedelta(days=1)
 TOLERANCE = timedelta(minutes=2)  # what a clock may drift or be slewed between two readings
@@ -38,13 +41,30 @@ class BelievedClock:
         self._seen = timedelta(0)
         self._since = 0.0  # when the wall clock was first seen to hold to the last offset
 
-    def begin(self, newest: datetime | None) -> None:
-        """Start from the newest time that is known to have been (None: nothing is)."""
+    def begin(self, newest: datetime | None, before: ClockReading | None = None) -> None:
+        """Start from the newest time in the records and what an earlier server read last, if any.
+
+        A record may have its time from a clock that had leapt: one of more than ``PATIENCE`` after
+        the earlier server's reading tells nothing.
+        """
         wall, steady = self.now(), self.steady()
         offset = wall - datetime.fromtimestamp(steady, UTC)
         self._believed, self._seen, self._since = offset, offset, steady
-        if newest is not None and wall - newest > PATIENCE:
-            self._believed = newest - datetime.fromtimestamp(steady, UTC)
+        known = newest if before is None else before.believed
+        if known is not None and newest is not None and newest - known <= PATIENCE:
+            known = max(newest, known)
+        if known is None or wall - known <= PATIENCE:
+            return
+        self._believed = known - datetime.fromtimestamp(steady, UTC)
+        if before is not None and timedelta(0) <= wall - before.wall <= PATIENCE:
+            self._since -= before.held.total_seconds()  # it goes on as it was seen then
+
+    def reading(self) -> ClockReading:
+        """What the next server should know, as of now."""
+        believed = self.read()
+        steady = self.steady()
+        held = timedelta(seconds=steady - self._since)
+        return ClockReading(believed, datetime.fromtimestamp(steady, UTC) + self._seen, held)
 
     def read(self) -> datetime:
         """The believed time (UTC)."""

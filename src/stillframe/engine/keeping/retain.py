@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable, Set
 from datetime import datetime
 
 from stillframe.engine.context import Context
@@ -39,20 +40,33 @@ def _verdicts(snapshots: list[Snapshot], schedule: Schedule, now: datetime) -> t
 
 
 def _candidates(snapshots: list[Snapshot]) -> list[Candidate]:
-    return [Candidate(s.id, s.created_at, s.pinned) for s in snapshots]
+    return [Candidate(s.id, s.created_at, s.pinned, s.damaged is not None) for s in snapshots]
 
 
-async def prune(context: Context, schedule: Schedule, now: datetime) -> int:
-    """Delete what retention lets go at ``now``; how many snapshots that were."""
-    deleted = 0
-    for verdict in _verdicts(own_snapshots(context, schedule), schedule, now):
-        if not verdict.keep:
-            context.note(
-                schedule.instance_id,
-                f"retention deletes {verdict.id}: {'; '.join(verdict.reasons)}",
-            )
-            deleted += await delete_quietly(context, verdict.id)
+async def prune(context: Context, instance_id: str, now: Callable[[], datetime]) -> int:
+    """Delete what the retention of an instance's schedule lets go; how many snapshots that were.
+
+    A deletion takes a while, and people may change the rules or take a snapshot out of the
+    schedule's hands meanwhile. So each one is judged by what is so just before it, ``now()``
+    included; it is tried once.
+    """
+    deleted, tried = 0, set[str]()
+    while (verdict := _next_to_go(context, instance_id, now(), tried)) is not None:
+        tried.add(verdict.id)
+        reasons = "; ".join(verdict.reasons)
+        context.note(instance_id, f"retention deletes {verdict.id}: {reasons}")
+        deleted += await delete_quietly(context, verdict.id)
     return deleted
+
+
+def _next_to_go(
+    context: Context, instance_id: str, now: datetime, tried: Set[str]
+) -> Verdict | None:
+    schedule = context.records.schedules.get(instance_id)
+    if schedule is None:
+        return None  # whose schedule is deleted keeps its snapshots for good
+    verdicts = _verdicts(own_snapshots(context, schedule), schedule, now)
+    return next((v for v in verdicts if not v.keep and v.id not in tried), None)
 
 
 async def delete_quietly(context: Context, snapshot_id: str) -> bool:

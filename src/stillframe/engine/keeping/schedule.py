@@ -56,6 +56,7 @@ _LONGEST_SLEEP = (
     60.0  # seconds: how late a run may be after a leap of the clock, as in the contract
 )
 _SHORTEST_SLEEP = 0.5
+_KEEP_TIME_EVERY = 3600.0  # seconds
 # Seconds until what could not even be begun is tried again: after a first failure, and at most.
 _FIRST_REST, _LONGEST_REST = 1.0, 60.0
 _KINDS = {
@@ -81,6 +82,7 @@ class Scheduler:
         self._work: dict[str, asyncio.Task[None]] = {}
         self._not_before: dict[str, float] = {}
         self._rests: dict[str, float] = {}  # how long each waited after its last failure
+        self._time_kept: float | None = None  # when the believed time was last kept, by ``steady``
 
     def _wall(self) -> datetime:
         # Looked up at each reading: the clock of an engine may be set.
@@ -160,14 +162,26 @@ class Scheduler:
     # -- the task -----------------------------------------------------------------------------
     def start(self) -> None:
         """Settle runs that an earlier server did not finish, then look after what is due."""
-        newest = _newest_time(self._context.records)
-        self.clock.begin(newest)
-        if newest is not None and self.clock.read() < self._context.now() - PATIENCE:
-            log.warning("the newest record is of %s: nothing expires before tomorrow", newest)
+        records, now = self._context.records, self._context.now()
+        self.clock.begin(_newest_time(records, now), records.clock)
+        self._time_kept = self.clock.steady()
+        if (believed := self.clock.read()) < now - PATIENCE:
+            log.warning("the last time known is %s: what expires waits for up to a day", believed)
         for schedule in list(self._context.records.schedules.values()):
             if schedule.pending is not None:
                 self._settle(schedule)
         self._context.spawn(self._watch(), name="scheduler")
+
+    def close(self) -> None:
+        """Keep the believed time for the next server. Does nothing unless started."""
+        if self._time_kept is not None:
+            self._keep_time()
+            self._time_kept = None
+
+    def _keep_time(self) -> None:
+        # An idle server writes no records: those alone would make every restart a leap.
+        self._time_kept = self.clock.steady()
+        self._context.records.put_clock(self.clock.reading())
 
     def wake(self) -> None:
         """Look again at what is due: a schedule or an expiry has changed."""
@@ -187,7 +201,7 @@ class Scheduler:
             except Exception:  # whatever it is, the other schedules must go on
                 log.exception("the scheduler failed; it goes on")
             try:
-                async with asyncio.timeout(sleep):
+                async with asyncio.timeout(_KEEP_TIME_EVERY if sleep is None else sleep):
                     await self._changed.wait()
             except TimeoutError:
                 pass
@@ -198,6 +212,10 @@ class Scheduler:
         believed = self.clock.read()
         gone_back: int | None = self.clock.times_gone_back
         went_back = self._times_gone_back != gone_back
+        if self._time_kept is not None and (
+            self.clock.steady() - self._time_kept >= _KEEP_TIME_EVERY
+        ):
+            self._keep_time()
         waits: list[timedelta] = []
         for schedule in list(records.schedules.values()):
             try:
@@ -284,7 +302,7 @@ class Scheduler:
         """Apply the retention of a schedule whose instance is gone; end it when all is done."""
         schedule = self._context.records.schedules.get(instance_id)
         if schedule is not None:
-            await retain.prune(self._context, schedule, self.clock.read())
+            await retain.prune(self._context, instance_id, self.clock.read)
             if retain.is_finished(self._context, schedule, self.clock.read()):
                 self._context.records.drop_schedule(instance_id)
 
@@ -315,7 +333,7 @@ class Scheduler:
         """The rest of a run whose snapshot is there: retention, then the record."""
         failure: str | None = None
         try:
-            await retain.prune(self._context, schedule, self.clock.read())
+            await retain.prune(self._context, schedule.instance_id, self.clock.read)
         except StillframeError as error:
             failure = f"retention: {error.message}"
         return self._finish(schedule, snapshot_id=snapshot_id, error=failure)
@@ -343,7 +361,7 @@ class Scheduler:
             return await self._capture(schedule)
         except (InsufficientResources, StorageFull):
             # What retention would delete anyway must not stand in the way.
-            if not await retain.prune(self._context, schedule, self.clock.read()):
+            if not await retain.prune(self._context, schedule.instance_id, self.clock.read):
                 raise
             return await self._capture(schedule)
 
@@ -414,15 +432,16 @@ class Scheduler:
         return anew.next_run_at
 
 
-def _newest_time(records: Records) -> datetime | None:
-    """The latest moment at which anything recorded has happened."""
+def _newest_time(records: Records, now: datetime) -> datetime | None:
+    """The latest moment at which anything recorded has happened, by a clock that says ``now``."""
     times = [snapshot.created_at for snapshot in records.snapshots.values()]
     for instance in records.instances.values():
         lived = (instance.created_at, instance.phase_since, instance.resumed_at)
         times += [moment for moment in lived if moment is not None]
     for schedule in records.schedules.values():
         times += [schedule.last_run_at or schedule.updated_at, schedule.updated_at]
-    return max(times, default=None)
+    # What is yet to come was told by an archive, or by a clock that was set right since.
+    return max((moment for moment in times if moment - now <= PATIENCE), default=None)
 
 
 def _kind_for(instance: Instance) -> SnapshotKind:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import astuple, replace
+from datetime import datetime
 from typing import Any
 
 from stillframe.engine.context import Context
@@ -57,7 +58,7 @@ def snapshot_told(
     tags = {k: v for k, v in told.tags.items() if k not in (SCHEDULED_TAG, INSTANCE_TAG)}
     return replace(
         told,
-        created_at=to_utc(told.created_at, what="created_at"),
+        created_at=_past(context, told.created_at),
         tags=tags,
         template=template,
         size_bytes=0,
@@ -119,7 +120,7 @@ def _template(context: Context, told: Snapshot, manifest: Mapping[str, Any]) -> 
     return replace(
         template,
         state=InstanceState.STANDBY if standby else InstanceState.STOPPED,
-        created_at=to_utc(template.created_at, what="created_at"),
+        created_at=_past(context, template.created_at),
         process=None,
         state_error=None,
         started_at=None,
@@ -135,6 +136,11 @@ def _template(context: Context, told: Snapshot, manifest: Mapping[str, Any]) -> 
         standby_compression_at=None,
         expires_at=None,
     )
+
+
+def _past(context: Context, moment: datetime) -> datetime:
+    """When something was made: before it came here, whatever the clock there said."""
+    return min(to_utc(moment, what="created_at"), context.now())
 
 
 def _check_agreement(template: Instance, manifest: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stillframe.engine.capture import capture
-from stillframe.engine.context import Context, Phases, finish
+from stillframe.engine.context import Context, Phases, finish, remove
 from stillframe.engine.interface import ForkOutcome, ForkRequest
 from stillframe.engine.keeping.quota import check_free, copied_bytes, expected_bytes
 from stillframe.engine.keeping.verify import refuse_damaged
@@ -32,7 +32,6 @@ from stillframe.host.files import (
     fsync_data,
     fsync_directory,
     fsync_file,
-    remove_tree,
     storage_errors,
 )
 from stillframe.images.boot import boot_configuration, write_config_disk
@@ -248,7 +247,7 @@ async def _source_of(
         payload = context.data.snapshot_new(capture_id)
         context.records.intend(Intent(capture_id, "snapshot", {"source": instance.id}))
         held.callback(context.records.fulfil, capture_id)
-        held.callback(remove_tree, payload.directory)
+        held.push_async_callback(remove, payload.directory)
         with storage_errors("make room for the capture"):
             payload.directory.mkdir(mode=0o700)
         live = context.live_instance(instance)
@@ -335,7 +334,9 @@ async def make_disks(
     if copied := copied_bytes(context, source.overlay):
         check_free(context, copied)
     whole = await finish(asyncio.to_thread(_begin_disks, context, child, source, undo))
-    disk = asyncio.ensure_future(asyncio.to_thread(_finish_disk, context, child, source, whole))
+    disk = asyncio.get_running_loop().run_in_executor(
+        context.copying, _finish_disk, context, child, source, whole
+    )
     undo.push_async_callback(asyncio.wait, [disk])
     return disk
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from stillframe.engine.capture import capture, manifest_facts
-from stillframe.engine.context import Context, Phases, finish
+from stillframe.engine.context import Context, Phases, finish, remove
 from stillframe.engine.keeping.compression import begun, chosen
 from stillframe.engine.keeping.quota import EXPECTED, check_room, expected_bytes, expected_stored
 from stillframe.engine.keeping.stored import measure_heirs, measured, nearest_living
@@ -97,15 +97,15 @@ async def _take(
     async with contextlib.AsyncExitStack() as undo:
         undo.callback(context.records.fulfil, snapshot_id)
         undo.callback(context.expanded.sweep)
-        undo.callback(remove_tree, final.directory)
-        undo.callback(remove_tree, building.directory)
+        undo.push_async_callback(remove, final.directory)
+        undo.push_async_callback(remove, building.directory)
         with storage_errors("make room for the snapshot"):
             building.directory.mkdir(mode=0o700)
         filled = await _fill(context, instance, building, phases, config)
         size, pause_ms = filled.size, filled.pause_ms
         wanted = await measured(context, wanted, building)
         with phases.measure("publish"), storage_errors("store the snapshot"):
-            publish(building, final)
+            await finish(asyncio.to_thread(publish, building, final))
         taken = replace(
             wanted,
             created_at=context.now(),

@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 from stillframe.engine.capture import capture
-from stillframe.engine.context import Context, Phases, finish
+from stillframe.engine.context import Context, Phases, finish, remove
 from stillframe.engine.keeping.compression import chosen, delay_of
 from stillframe.engine.keeping.quota import check_free, expected_bytes
 from stillframe.engine.loaded import run_loaded, take_back
@@ -61,15 +61,15 @@ async def enter_standby(
     check_free(context, expected_bytes(context, instance, disk=False))
     phases = Phases()
     async with contextlib.AsyncExitStack() as undo:
-        undo.callback(remove_tree, paths.standby_new.directory)
-        undo.callback(remove_tree, paths.standby.directory)
+        undo.push_async_callback(remove, paths.standby_new.directory)
+        undo.push_async_callback(remove, paths.standby.directory)
         with storage_errors("make room for the standby image"):
-            remove_tree(paths.standby.directory)  # one that could not be removed after a restore
+            await remove(paths.standby.directory)  # one that could not be removed after a restore
             paths.standby_new.directory.mkdir(mode=0o700)
         await capture(context, instance, live, paths.standby_new, phases, stay_paused=True)
         undo.push_async_callback(live.machine.resume)
         with storage_errors("store the standby image"):
-            publish(paths.standby_new, paths.standby)
+            await finish(asyncio.to_thread(publish, paths.standby_new, paths.standby))
         asleep = context.moved(
             instance, InstanceState.STANDBY, process=None, stopped_at=context.now(),
             timings_ms=phases.total(), standby_compression=config,

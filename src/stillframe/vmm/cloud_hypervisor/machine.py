@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 from pathlib import Path
 
 from stillframe.host.files import remove_tree, storage_errors
 from stillframe.host.process import Process
+from stillframe.host.threads import in_own_thread
 from stillframe.model.errors import VmmFailure
 from stillframe.vmm.cloud_hypervisor import api, state
 from stillframe.vmm.driver import MachineResources, MachineStatus, ReadFromOutside
@@ -59,7 +59,7 @@ class CloudHypervisorMachine(ReadFromOutside, HttpMachine):
             except VmmFailure as refusal:
                 if not (refusal.facts.get("refused") and state.complete(saving)):
                     raise
-            await asyncio.to_thread(state.pack, saving, destination)
+            await in_own_thread(lambda: state.pack(saving, destination))
 
     async def kill(self) -> None:
         """SIGKILL Cloud Hypervisor, prove its death and remove its sockets."""

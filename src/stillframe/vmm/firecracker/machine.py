@@ -25,6 +25,7 @@ from stillframe.host.files import (
 )
 from stillframe.host.process import Process
 from stillframe.host.runs import Runs
+from stillframe.host.threads import in_own_thread
 from stillframe.model.errors import StorageFull, VmmFailure
 from stillframe.vmm.driver import MachineStatus
 from stillframe.vmm.firecracker import api
@@ -108,9 +109,9 @@ class FirecrackerMachine(HttpMachine):
             if not (diff and _single_pages() and await self._fits(scratch)):
                 await self._save_into(memory, diff=diff)
             else:
-                difference = await asyncio.to_thread(_difference, scratch)
+                difference = await in_own_thread(lambda: _difference(scratch))
                 undo.callback(difference.close)
-            await asyncio.to_thread(_keep_state, scratch, destination)
+            await in_own_thread(lambda: _keep_state(scratch, destination))
             undo.pop_all()
         self.moment, self._told_of_reset = Moment(), True
         return difference
