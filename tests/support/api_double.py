@@ -17,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from stillframe.api.app import create_app
+from stillframe.api.server import bind, serving
 from stillframe.engine.interface import (
     CreateRequest,
     EngineInterface,
@@ -322,10 +323,8 @@ def app_over(engine: DoubleEngine, **options: Any) -> FastAPI:
 @contextmanager
 def served(app: FastAPI) -> Iterator[str]:
     """The app on a loopback port, in a thread of its own; yields the base URL."""
-    config = uvicorn.Config(app, port=0, log_config=None, ws="websockets-sansio")
-    server = uvicorn.Server(config)
-    listener = config.bind_socket()
-    listener.listen()
+    listener = bind("127.0.0.1:0")
+    server = uvicorn.Server(serving(app))
     thread = Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

@@ -19,6 +19,8 @@ from stillframe.api.routes import absent
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import EngineInterface
 from stillframe.engine.moving.export import about_of
+from stillframe.host import capacity
+from stillframe.host.capacity import Traffic
 from stillframe.model.errors import GuestFailure, InvalidRequest
 from stillframe.model.values import Hypervisor, ImageStatus, SnapshotKind
 from stillframe.store.archive_export import export
@@ -191,6 +193,16 @@ async def test_stats_are_what_the_kernel_counts_of_the_vmm(
     rest = (await client.get("/instances/source/stats")).json()
     assert (rest["cpu_seconds"], rest["memory_rss_bytes"], rest["network_rx_bytes"]) == (0, 0, 0)
     assert code_of(await client.get("/instances/none/stats")) == (404, "not_found")
+
+
+async def test_stats_tell_what_a_tap_device_counts(
+    client: httpx.AsyncClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = await running(engine)
+    counted = {engine.context.live[source.id].machine.process.pid: Traffic(received=3, sent=5)}
+    monkeypatch.setattr(capacity, "device_traffic", lambda pid, device: counted[pid])
+    stats = (await client.get("/instances/source/stats")).json()
+    assert (stats["network_rx_bytes"], stats["network_tx_bytes"]) == (5, 3)  # the guest's view
 
 
 async def test_an_image_is_given_another_name(client: httpx.AsyncClient, engine: Engine) -> None:

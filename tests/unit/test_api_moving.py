@@ -70,6 +70,8 @@ def test_an_export_is_a_download_that_can_go_on(client: TestClient, double: Doub
     client.get(f"{PATH}/export", params={"offset": 7}, headers={"If-Match": tag})
     wanted = {"image": False, "offset": 7, "tag": double.archives[-1].tag}
     assert double.last("export_snapshot") == ((MADE.id,), wanted)
+    client.get(f"{PATH}/export", headers={"If-Match": "*"})  # any: that names none
+    assert double.last("export_snapshot") == ((MADE.id,), {**wanted, "offset": 0, "tag": None})
     assert client.get(f"{PATH}/export", params={"offset": -1}).status_code == 400
     double.failures["export_snapshot"] = Conflict("another one by now")
     assert client.get(f"{PATH}/export").status_code == 409
@@ -122,6 +124,11 @@ async def test_out_and_in_again(engine: Engine, http: httpx.AsyncClient) -> None
     made = await engine.snapshot(source.id, kind=SnapshotKind.STOPPED, name="ready")
     path = f"/snapshots/{made.id}"
     answer = await http.get(f"{path}/export")
+    for known, status in ({}, 400), ({"If-Match": "*"}, 400), ({"If-Match": '"x"'}, 409):
+        assert (await http.get(f"{path}/export?offset=1", headers=known)).status_code == status
+    known = {"If-Match": answer.headers["etag"]}
+    rest = await http.get(f"{path}/export?offset=9", headers=known)
+    assert rest.content == answer.content[9:]
     taken = await http.post("/snapshots/import", params={"name": "copy"}, content=answer.content)
     assert taken.status_code == 201
     copy: dict[str, Any] = taken.json()

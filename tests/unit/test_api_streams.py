@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
+import sys
+import time
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from hypeman import Hypeman
 from hypeman.lib.cp import CopyProtocolError, cp_from_instance, cp_to_instance
 from hypeman.lib.exec import exec as sdk_exec
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from stillframe.api.server import bind
+from stillframe.cli.client import Client
 from stillframe.engine.interface import ReadEntry
 from stillframe.model.errors import GuestFailure, NotFound
 from stillframe.model.states import InstanceState
-from support.api_double import DoubleEngine, app_over, bearer, instance, served, token
+from support.api_double import (
+    DoubleEngine,
+    DoubleSession,
+    app_over,
+    bearer,
+    instance,
+    served,
+    token,
+)
 
 
 @pytest.fixture
@@ -70,27 +87,104 @@ def test_resizes_reach_a_terminal_in_order(sdk: Hypeman) -> None:
 
 
 def test_frames_are_exactly_the_contracts(url: str) -> None:
-    with dial(url, "/instances/web/exec") as socket:
-        socket.send(json.dumps({"tty": True}))
-        socket.send(json.dumps({"resize": {"rows": 30, "cols": 100}}))
-        assert socket.recv(10) == b"30x100"
-        socket.send('{"text": "is stdin"}')
-        assert socket.recv(10) == b'{"TEXT": "IS STDIN"}'
-        socket.send(b"x" * 100_000)
-        assert len(socket.recv(10)) == 32 * 1024
+    with dial(url, "/instances/web/exec") as stream:
+        stream.send(json.dumps({"tty": True}))
+        stream.send(json.dumps({"resize": {"rows": 30, "cols": 100}}))
+        assert stream.recv(10) == b"30x100"
+        stream.send('{"text": "is stdin"}')
+        assert stream.recv(10) == b'{"TEXT": "IS STDIN"}'
+        stream.send(b"x" * 100_000)
+        assert len(stream.recv(10)) == 32 * 1024
         for _ in range(3):
-            socket.recv(10)
-        socket.send(b"")
-        assert socket.recv(10) == '{"exitCode":0}'
+            stream.recv(10)
+        stream.send(b"")
+        assert stream.recv(10) == '{"exitCode":0}'
+
+
+@pytest.mark.parametrize("tty", [True, False])
+def test_a_size_that_no_terminal_has_is_dropped_and_never_typed(url: str, tty: bool) -> None:
+    with dial(url, "/instances/web/exec") as stream:
+        stream.send(json.dumps({"tty": tty}))
+        for size in (
+            {"rows": 0, "cols": 80},
+            {"rows": 24, "cols": 65536},
+            {"rows": "24", "cols": 80},
+            {"rows": True, "cols": 80},
+            {"rows": 24},
+            {},
+        ):
+            stream.send(json.dumps({"resize": size}))
+        stream.send(json.dumps({"resize": {"rows": 30, "cols": 100, "x": 1}, "width": 640}))
+        stream.send('{"resize": "is stdin"}')
+        if tty:
+            assert stream.recv(10) == b"30x100"
+        assert stream.recv(10) == b'{"RESIZE": "IS STDIN"}'
+
+
+def test_the_sdk_sends_all_of_stdin_in_one_message(sdk: Hypeman) -> None:
+    result = sdk_exec(sdk, "web", ["cat"], stdin=iter([b"x" * (3 << 20), b"exit 0"]))
+    assert (result.output, result.exit_code) == (b"X" * (3 << 20), 0)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pings of both libraries, where nothing is said of them, at once instead of after 20 s."""
+    hasty_client = partial(connect, ping_interval=0.1, ping_timeout=0.1)
+    monkeypatch.setattr("websockets.sync.client.connect", hasty_client)
+    hasty_server = partial(uvicorn.Config, ws_ping_interval=0.1, ws_ping_timeout=0.1)
+    monkeypatch.setattr(uvicorn, "Config", hasty_server)
+
+
+def test_a_command_that_does_not_take_its_stdin_is_not_cut_off(
+    impatient: None, sdk: Hypeman, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As much waits as the server takes, so that it reads no answer to a ping either."""
+    write_stdin = DoubleSession.write_stdin
+
+    async def busy_at_first(session: DoubleSession, data: bytes) -> None:
+        monkeypatch.setattr(DoubleSession, "write_stdin", write_stdin)
+        await asyncio.sleep(0.8)
+        await write_stdin(session, data)
+
+    answering: Any = partial(connect, ping_interval=None)
+    monkeypatch.setattr(DoubleSession, "write_stdin", busy_at_first)
+    stdin = [b"x" * (1 << 20)] * 6
+    result = sdk_exec(sdk, "web", ["cat"], stdin=iter([*stdin, b"exit 7"]), connector=answering)
+    assert (len(result.output), result.exit_code) == (6 << 20, 7)
+
+
+def test_a_client_that_does_not_take_output_is_not_cut_off(impatient: None, url: str) -> None:
+    """``stillframe exec … | less``: the answer to a ping would wait behind the output."""
+    with Client(url=url, token=token()).websocket("/instances/web/exec") as stream:
+        stream.send(json.dumps({"command": ["cat"]}))
+        for _ in range(8):
+            stream.send(b"x" * (1 << 20))
+        stream.send(b"exit 7")
+        time.sleep(0.8)  # a person reads the first page
+        frames = list(iter(lambda: stream.recv(10), '{"exitCode":7}'))
+    assert sum(map(len, frames)) == 8 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of Linux")
+def test_the_kernel_finds_peers_that_are_gone() -> None:
+    with bind("127.0.0.1:0") as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            idle, interval, probes = (
+                accepted.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            )
+    assert idle + interval * probes <= 600  # the kernel's own: more than two hours
 
 
 @pytest.mark.parametrize(
     "first", ["nonsense", "[]", '{"command":"ls"}', '{"timeout":-1}', '{"command":["a\\u0000"]}']
 )
 def test_a_bad_first_frame_is_an_error_frame(url: str, engine: DoubleEngine, first: str) -> None:
-    with dial(url, "/instances/web/exec") as socket:
-        socket.send(first)
-        assert list(json.loads(socket.recv(10))) == ["error"]
+    with dial(url, "/instances/web/exec") as stream:
+        stream.send(first)
+        assert list(json.loads(stream.recv(10))) == ["error"]
     assert not engine.sessions
 
 
@@ -116,10 +210,10 @@ def test_an_instance_that_does_not_run_is_refused_before_the_upgrade(
 
 
 def test_a_client_that_goes_hangs_up_on_its_command(url: str, engine: DoubleEngine) -> None:
-    with dial(url, "/instances/web/exec") as socket:
-        socket.send(json.dumps({"command": ["cat"]}))
-        socket.send(b"a")
-        assert socket.recv(10) == b"A"
+    with dial(url, "/instances/web/exec") as stream:
+        stream.send(json.dumps({"command": ["cat"]}))
+        stream.send(b"a")
+        assert stream.recv(10) == b"A"
     assert engine.sessions[0].closed.wait(10)
 
 
@@ -158,20 +252,20 @@ def test_the_sdk_sees_why_a_copy_failed(sdk: Hypeman, engine: DoubleEngine, tmp_
 
 
 def test_an_upload_broken_off_never_counts_as_written(url: str, engine: DoubleEngine) -> None:
-    with dial(url, "/instances/web/cp") as socket:
-        socket.send(json.dumps({"direction": "to", "guest_path": "/f"}))
-        socket.send(b"half")
-    with dial(url, "/instances/web/cp") as socket:
-        socket.send(json.dumps({"direction": "stat", "guest_path": "/f"}))
-        answer = json.loads(socket.recv(10))
+    with dial(url, "/instances/web/cp") as stream:
+        stream.send(json.dumps({"direction": "to", "guest_path": "/f"}))
+        stream.send(b"half")
+    with dial(url, "/instances/web/cp") as stream:
+        stream.send(json.dumps({"direction": "stat", "guest_path": "/f"}))
+        answer = json.loads(stream.recv(10))
     assert (answer["type"], answer["exists"]) == ("stat", False)
 
 
 def test_cp_refuses_a_bad_first_frame(url: str) -> None:
     for first in ("{", '{"direction":"up","guest_path":"/"}', '{"direction":"to"}'):
-        with dial(url, "/instances/web/cp") as socket:
-            socket.send(first)
-            assert json.loads(socket.recv(10))["type"] == "error"
+        with dial(url, "/instances/web/cp") as stream:
+            stream.send(first)
+            assert json.loads(stream.recv(10))["type"] == "error"
 
 
 def test_logs_are_one_json_string_per_event(sdk: Hypeman, url: str, engine: DoubleEngine) -> None:

@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from typer.testing import CliRunner, Result
 
+from stillframe.cli.client import Client
 from stillframe.cli.main import app
 from stillframe.model.errors import HostFailure, StillframeError
 from stillframe.model.units import is_id
@@ -134,6 +135,33 @@ def shaky() -> Iterator[Shaky]:
 
 def run(shaky: Shaky, *arguments: str) -> Result:
     return CliRunner().invoke(app, ["--url", shaky.url, "--token", "t", "snapshot", *arguments])
+
+
+def test_one_that_cannot_be_verified_does_not_keep_the_others_from_it(
+    shaky: Shaky, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def answering(_: Client, method: str, path: str, **__: object) -> Any:
+        if method == "GET":
+            return [{"id": name * 24, "name": name} for name in "abc"]
+        asked.append(path.split("/")[2][0])
+        if asked[-1] == "b":
+            raise HostFailure("could not read the snapshot: Too many open files")
+        return {
+            "snapshot_id": asked[-1] * 24, "intact": True, "checked_bytes": 1, "seconds": 1.0,
+            "bytes_per_second": 1.0, "damaged_bytes": 0, "damage": [],
+        }  # fmt: skip
+
+    monkeypatch.setattr(Client, "request", answering)
+    done = run(shaky, "verify", "--all")
+    assert asked == ["a", "b", "c"]
+    assert done.exit_code == 1
+    assert done.stdout.count("intact") == 2
+    assert "damaged:" not in done.output
+    assert done.stderr == (
+        "error: b was not verified: could not read the snapshot: Too many open files\n"
+    )
 
 
 def test_an_export_goes_on_where_it_broke(shaky: Shaky, tmp_path: Path) -> None:

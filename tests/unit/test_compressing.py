@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import CreateRequest
 from stillframe.engine.keeping import compression as keeping
-from stillframe.model.errors import InvalidRequest, InvalidState, VmmFailure
+from stillframe.model.errors import InvalidRequest, InvalidState, StorageFull, VmmFailure
 from stillframe.model.states import InstanceState
 from stillframe.model.values import (
     CompressionAlgorithm,
@@ -426,3 +427,59 @@ async def test_after_a_restore_that_failed_it_goes_on(
     ]  # fmt: skip
     await engine.restore(source.id)
     assert await ask(engine, source.id, "get", "who") == "source"
+
+
+# -- a standby image that found no space -----------------------------------------------------------
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """No compression finds space, until this is undone."""
+
+    def full(*_: Any) -> None:
+        raise StorageFull("no space", expected_bytes=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keeping, "check_free", full)
+        yield patch
+
+
+async def test_a_later_standby_is_compressed_once_and_called_off_whole(
+    engine: Engine, full_disk: pytest.MonkeyPatch
+) -> None:
+    """What an earlier standby image lacked must not have the next one compressed too."""
+    other = await running(engine, "other")
+    source = await asleep(engine, compression=ZSTD)
+    await engine.context.compressor.settled(source.id)
+    full_disk.undo()
+    sleep = Sleep(engine)
+    await engine.restore(source.id)
+    await engine.standby(source.id, compression=ZSTD, compression_delay=timedelta(hours=1))
+    assert await sleep.seconds.get() > 3000
+    await engine.delete(other.id, graceful=False)
+    await engine.restore(source.id)
+    assert jobs_of(source) == []
+    await engine.standby(source.id, compression=OFF)
+    sleep.over.set()
+    assert (jobs_of(source), sleep.seconds.qsize()) == ([], 0)
+    assert engine.context.data.instance(source.id).standby.memory.exists()
+
+
+async def test_one_that_found_no_space_is_tried_again_when_no_verb_is_at_it(
+    engine: Engine, full_disk: pytest.MonkeyPatch
+) -> None:
+    source = await asleep(engine, compression=ZSTD)
+    await engine.context.compressor.settled(source.id)
+    full_disk.undo()
+    async with engine.context.exclusive(source.id, "try"):
+        engine.context.space_freed()
+        assert jobs_of(source) == []
+    engine.context.space_freed()
+    engine.context.space_freed()
+    assert len(jobs_of(source)) == 1
+    await engine.context.compressor.settled(source.id)
+    assert not engine.context.data.instance(source.id).standby.memory.exists()
+
+
+def jobs_of(instance: Instance) -> list[str]:
+    """The compressions at work for an instance, or waiting to be."""
+    names = [task.get_name() for task in asyncio.all_tasks()]
+    return [name for name in names if name == f"compress {instance.id}"]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from stillframe.host.capacity import device_traffic
 from stillframe.model.errors import MissingComponent
 from stillframe.vmm.isolation import command
 from stillframe.vmm.isolation.command import TAP, apart, check_launch, find_uplink
@@ -44,6 +45,7 @@ status = dict(line.split(":\\t", 1) for line in open("/proc/self/status") if ":\
 print(frame[22:28].hex(":"), status["CapBnd"].strip(), status["NoNewPrivs"].strip(), flush=True)
 sys.stdin.read()
 """
+QUESTION_BYTES = 14 + 28  # an Ethernet header and an ARP packet (RFC 826)
 GATEWAY = "52:55:0a:00:02:02"  # libslirp's address for 10.0.2.2
 NO_POWER = "0" * 16
 ARGUMENTS = ["-c", ASKS, TAP]
@@ -92,6 +94,21 @@ def test_two_have_the_same_network_and_neither_has_the_others() -> None:
         assert namespace(pid) == namespace("self")
         assert names_in(Path(f"/proc/{pid}/root")) == {"etc", "run"}
         assert "Seccomp:\t2" in Path(f"/proc/{pid}/status").read_text()
+
+
+@needs_network
+def test_what_a_guest_sends_and_gets_is_counted_in_its_own_network() -> None:
+    with started(asking()) as quiet, started(asking()) as process:
+        line_of(quiet)
+        line_of(process)
+        traffic = device_traffic(process.pid, TAP)
+        assert traffic is not None
+        questions, odd = divmod(traffic.received, QUESTION_BYTES)
+        assert (questions >= 1, odd) == (True, 0)
+        assert traffic.sent >= QUESTION_BYTES  # the answer has the same fields
+        assert device_traffic(os.getpid(), TAP) is None
+        pid = process.pid
+    assert device_traffic(pid, TAP) is None
 
 
 @needs_network

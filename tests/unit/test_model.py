@@ -125,6 +125,11 @@ def test_a_refusal_says_what_to_ask_for_first() -> None:
         (Verb.GUEST, InstanceState.STOPPED, "start the instance first"),
         (Verb.RESTORE, InstanceState.STOPPED, "start the instance, then put it into standby"),
         (Verb.RESTORE_SNAPSHOT, InstanceState.RUNNING, "put the instance into standby, or stop it"),
+        (
+            Verb.FORK,
+            InstanceState.RUNNING,
+            "with from_running=true it is forked while it runs on",
+        ),
         (Verb.STANDBY, InstanceState.CREATED, "wait until the instance has settled, or delete it"),
     ):
         with pytest.raises(InvalidState) as caught:

@@ -142,7 +142,7 @@ async def test_a_broken_export_goes_on_where_it_broke(
     for offset in (1, 5000, len(data) - 1, len(data)):
         assert await archive_of(here, made, offset=offset, tag=whole.tag) == data[offset:]
     with pytest.raises(InvalidRequest):
-        await archive_of(here, made, offset=len(data) + 1)
+        await archive_of(here, made, offset=len(data) + 1, tag=whole.tag)
     here.edit_snapshot(made.id, {"name": "other"})
     with pytest.raises(Conflict):
         await archive_of(here, made, offset=1, tag=whole.tag)
@@ -383,6 +383,16 @@ def _snapshot(**changes: Any) -> Change:
         _template(id="../x"),
         _template(created_at="2026-01-01T00:00:00"),
         _template(created_at="9999-12-31T23:59:59-01:00"),
+        _template(snapshot_policy={"compression": {"enabled": True, "level": 99}}),
+        _template(snapshot_policy={"compression": {"enabled": True, "algorithm": "x"}}),
+        _template(snapshot_policy={"standby_compression_delay": "-PT5S"}),
+        _template(snapshot_policy={"standby_compression_delay": "P999999999D"}),
+        _template(limits={"disk": -1}),
+        _template(limits={"download": 10**16}),
+        _template(device_layout=0),
+        _template(tags={"a\n": "b"}),
+        _template(name="Not Good"),
+        _template(network_enabled="perhaps"),
     ],
 )
 async def test_what_an_archive_tells_is_not_believed(there: Engine, change: Change) -> None:

@@ -13,11 +13,10 @@ import contextlib
 import errno
 import json
 import os
-import resource
 import signal
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from stillframe.vmm.firecracker import api as fire
 from stillframe.vmm.qemu import qmp
 from stillframe.vmm.qemu.qmp import QmpConnection
 from stillframe.vmm.unix_http import Call, UnixHttp
+from support.descriptors import few_descriptors
 from support.engine import ask, running, traces
 
 LIVE = SnapshotKind.STANDBY
@@ -248,18 +248,6 @@ async def test_f32_of_many_forks_those_that_the_kernel_kills_leave_nothing(
 
 
 # -- the host ------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def few_descriptors(spare: int) -> Iterator[None]:
-    """This process may open only so many more files."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = max(int(name) for name in os.listdir("/proc/self/fd"))  # noqa: PTH208 - few names
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used + spare, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
 @pytest.mark.parametrize("spare", [1, 3, 6, 9])
 async def test_f36_without_descriptors_a_fork_is_refused_and_leaves_nothing(
     engine: Engine, tmp_path: Path, spare: int

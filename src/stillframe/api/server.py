@@ -31,6 +31,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 import stillframe
+from stillframe.api.sockets import MAX_MESSAGE_BYTES
 from stillframe.engine.interface import EngineInterface
 from stillframe.engine.settings import EngineSettings
 from stillframe.model.errors import Conflict, HostFailure, InvalidRequest, MissingComponent
@@ -42,6 +43,8 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _GRACE_SECONDS = 3
 # Above the client's keep-alive of 5 s, so that the server never closes first.
 _KEEP_ALIVE_SECONDS = 30
+# A peer that has said nothing for so long is asked whether it is there, so often, so many times.
+_SILENCE_SECONDS, _PROBE_SECONDS, _PROBES = 60, 15, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,7 @@ def bind(listen: str, setting: str = "listen") -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _notice_dead_peers(listener)
         listener.bind((host, int(port)))
         listener.listen(1024)
     except OSError as error:
@@ -159,6 +163,22 @@ def bind(listen: str, setting: str = "listen") -> socket.socket:
             f"or STILLFRAME_{setting.upper()}",
         ) from error
     return listener
+
+
+def _notice_dead_peers(listener: socket.socket) -> None:
+    """Have the kernel end connections whose peer has vanished (tcp(7)); accepted ones inherit it.
+
+    WebSocket pings cannot: their answer waits behind data that one side does not read yet.
+    """
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for names, value in (
+        (("TCP_KEEPIDLE", "TCP_KEEPALIVE"), _SILENCE_SECONDS),  # on Linux; on Darwin
+        (("TCP_KEEPINTVL",), _PROBE_SECONDS),
+        (("TCP_KEEPCNT",), _PROBES),
+    ):
+        option = next((getattr(socket, name) for name in names if hasattr(socket, name)), None)
+        if option is not None:
+            listener.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def bind_metrics(listen: str) -> socket.socket:
@@ -262,16 +282,7 @@ async def _main(
     async with AsyncExitStack() as stack:
         stack.push_async_callback(engine.close)
         await engine.open()
-        config = uvicorn.Config(
-            _application(settings, engine, secret, listeners[1:]),
-            log_config=None,
-            access_log=logging.getLogger().isEnabledFor(logging.DEBUG),
-            timeout_graceful_shutdown=_GRACE_SECONDS,
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-            server_header=False,
-            ws="websockets-sansio",
-            ws_max_size=1024 * 1024,
-        )
+        config = serving(_application(settings, engine, secret, listeners[1:]))
         urls = [_url(listener) for listener in listeners]
         stack.callback((settings.data_dir / "server.json").unlink, missing_ok=True)
         server = _Server(config, lambda: _announce(settings, engine, urls, started))
@@ -279,6 +290,24 @@ async def _main(
         for request in server.server_state.tasks:  # a second signal has left them at work
             request.cancel()
         _LOG.info("stopping; instances run on")
+
+
+def serving(app: ASGIApp) -> uvicorn.Config:
+    """How the server serves ``app``, on sockets that ``bind`` made."""
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=logging.getLogger().isEnabledFor(logging.DEBUG),
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        server_header=False,
+        ws="websockets-sansio",
+        ws_max_size=MAX_MESSAGE_BYTES,
+        # A client that does not take output, or a command that does not take stdin, is only slow:
+        # the answer to a ping would wait behind what is not read. ``bind`` finds dead peers.
+        ws_ping_interval=None,
+        ws_ping_timeout=None,
+    )
 
 
 def _application(

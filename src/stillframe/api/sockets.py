@@ -15,6 +15,8 @@ from stillframe.model.errors import InvalidRequest
 
 # The SDK refuses messages over 1 MiB; the contract's server sends 32 KiB at a time.
 CHUNK_BYTES = 32 * 1024
+# The largest message taken: the SDK sends stdin that it was given as bytes in one.
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _FIRST_FRAME_SECONDS = 30.0
 _REASON_BYTES = 123
 

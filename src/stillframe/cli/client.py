@@ -183,6 +183,9 @@ class Client:
                 max_size=2**20,
                 compression=None,
                 proxy=None,
+                # Pings keep proxies from ending an idle session. Their answers may take any time:
+                # they wait behind stdin that is not taken, or output that is not read yet.
+                ping_timeout=None,
             )
         except InvalidStatus as error:
             body = error.response.body or b""

@@ -22,9 +22,16 @@ from stillframe.model.errors import StillframeError, VmmFailure
 from stillframe.model.states import InstanceState
 from stillframe.model.values import Instance
 from stillframe.store.paths import Payload
+from stillframe.store.payloads import check
 from stillframe.vmm.driver import Machine, MachineStatus
 
 _FORKS = (Operation.FORK, Operation.WARM_FORK, Operation.FORK_INSTANCE)
+
+
+async def check_stored(payload: Payload) -> None:
+    """What must be right before a load, see ``payloads.check``. Raises DamagedData, HostFailure."""
+    with storage_errors("read what is stored"):
+        await asyncio.to_thread(check, payload)
 
 
 async def load_paused(
@@ -50,7 +57,7 @@ async def load_paused(
         paths.memory_table.unlink(missing_ok=True)
         if source.table(source.memory.name).exists():
             link_in_place(source.table(source.memory.name), paths.memory_table)
-    check_loadable(source.devices, paths.memory, instance)
+        check_loadable(source.devices, paths.memory, instance)
     with phases.measure("load"):
         machine = await load(context, instance, source.devices)
     undo.push_async_callback(machine.kill)

@@ -414,8 +414,11 @@ def exit_of(context: Context, instance: Instance) -> tuple[int | None, str | Non
 
 
 def check_loadable(devices: Path, memory: Path, instance: Instance) -> None:
-    """Refuse a memory image that cannot be this instance's. Raises DamagedData."""
-    if not devices.exists() or not memory.exists():
-        raise DamagedData("the memory image or device state is missing")
-    if memory.stat().st_size != instance.memory_bytes:
+    """Refuse a memory image that cannot be this instance's. Raises DamagedData, OSError."""
+    try:
+        devices.stat()
+        size = memory.stat().st_size
+    except FileNotFoundError as error:
+        raise DamagedData("the memory image or device state is missing") from error
+    if size != instance.memory_bytes:
         raise DamagedData("the memory image has the wrong size")

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 _MEMORY_TOTAL = re.compile(r"^MemTotal:\s+(\d+) kB$", re.MULTILINE)
@@ -51,6 +52,28 @@ def network_bytes_per_second() -> int:
             speed = Path("/sys/class/net", match[1], "speed").read_text(encoding="ascii")
             return max(0, int(speed)) * _MEGABIT_BYTES
     return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that a network device has received and sent."""
+
+    received: int
+    sent: int
+
+
+def device_traffic(pid: int, device: str) -> Traffic | None:
+    """What a network device in the namespace of a process has counted (/proc/PID/net/dev, proc(5)).
+
+    None when there is no such device, and for a process that is gone.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/net/dev").read_text(encoding="ascii").splitlines():
+            name, _, counts = line.partition(":")
+            if name.strip() == device:
+                columns = counts.split()
+                return Traffic(received=int(columns[0]), sent=int(columns[8]))
+    return None
 
 
 def private_bytes(pid: int) -> int:

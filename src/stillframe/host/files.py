@@ -28,6 +28,11 @@ FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2  # linux/falloc.h
 _CANNOT_CLONE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EBADF}
 _NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Descriptors, memory, permissions, a server of files that does not answer (open(2), read(2)).
+_NOT_THE_FILE = _NO_DESCRIPTORS | {
+    errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EACCES, errno.EPERM, errno.ESTALE,
+    errno.ETIMEDOUT,
+}  # fmt: skip
 # What has to be undone can then be when no descriptors are left.
 _KEPT_BACK = 8  # removing a tree takes two for each level of it
 _kept: list[int] = []
@@ -61,6 +66,11 @@ def storage_errors(action: str) -> Iterator[None]:
                 hint="free space in the data directory, or delete snapshots",
             ) from error
         raise HostFailure(f"could not {action}: {reason}", code="storage_error") from error
+
+
+def is_host_trouble(error: OSError) -> bool:
+    """Whether a file could not be read for a want of the host's, whatever the file holds."""
+    return error.errno in _NOT_THE_FILE
 
 
 def clone(source: Path, destination: Path) -> CloneKind:

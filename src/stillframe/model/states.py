@@ -121,5 +121,7 @@ def _way(verb: Verb, state: InstanceState, wanted: list[InstanceState]) -> str:
     """What to do so that the verb is possible."""
     if (verb, state) == (Verb.START, _S.STANDBY):
         return "restore the instance: its memory is in standby"
+    if (verb, state) == (Verb.FORK, _S.RUNNING):
+        return "with from_running=true it is forked while it runs on"
     ways = [_WAYS[state, one] for one in wanted if (state, one) in _WAYS]
     return ways[0] if ways else "wait until the instance has settled, or delete it"

@@ -15,7 +15,8 @@ MAX_RATE = 10**15
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*$", re.IGNORECASE)
 _DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
-_LONGEST_DURATION = 64  # characters
+LONGEST_DURATION = timedelta(seconds=9.2e9)  # a little less than Go's, of 2**63 nanoseconds
+_LONGEST_TEXT = 64  # characters of a duration
 _NANOSECONDS = {
     "ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6,
     "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9,
@@ -103,7 +104,7 @@ def format_rate(rate: int) -> str | None:
 def parse_duration(text: str, *, code: str = "invalid_request") -> timedelta:
     """A Go duration (``1h30m``, ``500ms``, ``0s``). Raises InvalidRequest with ``code``."""
     stripped = text.strip()
-    rest, sign = (stripped, 1) if len(stripped) <= _LONGEST_DURATION else ("", 1)
+    rest, sign = (stripped, 1) if len(stripped) <= _LONGEST_TEXT else ("", 1)
     if rest[:1] in "+-" and rest:
         sign = -1 if rest[0] == "-" else 1
         rest = rest[1:]
@@ -116,7 +117,7 @@ def parse_duration(text: str, *, code: str = "invalid_request") -> timedelta:
             break
         total += float(part[1]) * _NANOSECONDS[part[2]]
         position = part.end()
-    if not rest or position != len(rest) or total > 9.2e18:
+    if not rest or position != len(rest) or total > LONGEST_DURATION.total_seconds() * 10**9:
         raise InvalidRequest(
             f"invalid duration {text[:64]!r}", code=code, hint="write for example 30s, 5m or 1h30m"
         )

@@ -6,7 +6,8 @@ a trailer. Every header holds the digest of its stored bytes and a link, the dig
 before and of the header itself. So the chain of links vouches for all bytes before, and a transfer
 can go on from any record with nothing but its position. docs/format.md has the layout.
 
-The stream of a snapshot is always the same, whatever represents its memory.
+The stream of a snapshot is always the same, whatever represents its memory; the document about it
+must not tell of that either (``engine/moving/export.about_of``).
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ import zstandard
 from blake3 import blake3
 
 from stillframe.host.files import (
+    is_host_trouble,
     new_file,
     open_regular,
     read_exactly,
@@ -321,6 +322,8 @@ class CompressedReader(Reader):
         try:
             stored = read_exactly(self._fd, end - begin, begin)
         except OSError as error:
+            if is_host_trouble(error):
+                raise
             raise self._bad(number, f"cannot be read: {error.strerror or error}") from error
         if blake3(stored).digest() != self._entry(number)[1]:
             raise self._bad(number, "does not match its digest")

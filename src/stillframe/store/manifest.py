@@ -24,7 +24,7 @@ from typing import Any, TypeGuard
 
 from blake3 import blake3
 
-from stillframe.host.files import open_regular
+from stillframe.host.files import is_host_trouble, open_regular
 from stillframe.model.errors import DamagedData
 from stillframe.model.units import KIB, MIB
 
@@ -94,19 +94,25 @@ def _is_intact(text: bytes, document: Mapping[str, Any]) -> bool:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest at ``path``, checked for its shape. Raises DamagedData naming the file."""
+    """The manifest at ``path``, checked for its shape.
+
+    Raises DamagedData naming the file, OSError as ``unreadable``.
+    """
     return parse_manifest(read_small(path, MAX_MANIFEST), path.name)
 
 
 def read_small(path: Path, limit: int) -> bytes:
-    """All bytes of a small regular file. Raises DamagedData naming the file."""
+    """All bytes of a small regular file.
+
+    Raises DamagedData naming the file, OSError as ``unreadable``.
+    """
     try:
         with os.fdopen(open_regular(path), "rb") as file:
             data = file.read(limit + 1)
     except FileNotFoundError as error:
         raise damaged(path.name, "is missing") from error
     except OSError as error:
-        raise damaged(path.name, f"cannot be read: {error.strerror}") from error
+        raise unreadable(path.name, error) from error
     if len(data) > limit:
         raise damaged(path.name, f"is larger than {limit} bytes")
     return data
@@ -167,6 +173,17 @@ def _entry(name: str, document: object) -> FileEntry | None:
 
 def _is_digest(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and _HEX_DIGEST.fullmatch(value) is not None
+
+
+def unreadable(name: str, error: OSError) -> DamagedData:
+    """The error for a payload file that could not be read.
+
+    Raises ``error`` itself when it tells of the host (no descriptors, no permission): the file may
+    be whole, and what is called damaged stays marked so.
+    """
+    if is_host_trouble(error):
+        raise error
+    return damaged(name, f"cannot be read: {error.strerror}")
 
 
 def damaged(name: str, what: str, **facts: int) -> DamagedData:

@@ -42,6 +42,7 @@ from stillframe.store.manifest import (
     file_entries,
     read_manifest,
     read_small,
+    unreadable,
 )
 from stillframe.store.paths import Payload
 from stillframe.store.readers import FileReader, Reader
@@ -172,7 +173,7 @@ def _share_image(source: Payload, destination: Payload) -> None:
 def image_key(payload: Payload) -> str:
     """What names the content of a payload's memory image: the digest of its table.
 
-    Raises DamagedData; format 1 has no tables, see ``add_tables``.
+    Raises DamagedData, OSError; format 1 has no tables, see ``add_tables``.
     """
     entry = file_entries(read_manifest(payload.manifest)).get(payload.memory.name)
     if entry is None or entry.table_blake3 is None:
@@ -204,7 +205,7 @@ def check(payload: Payload) -> dict[str, Any]:
     """Read the manifest and check what must be right before any load: sizes and device state.
 
     A compressed memory image counts as the image it represents. Returns the manifest. Raises
-    DamagedData naming the file.
+    DamagedData naming the file, OSError as ``unreadable``.
     """
     manifest = read_manifest(payload.manifest)
     for name, entry in file_entries(manifest).items():
@@ -217,7 +218,7 @@ def check_content(reader: Reader, entry: FileEntry) -> None:
     """Check the size of an open file, and a small file's digest.
 
     Raises DamagedData naming the file; for a wrong size with ``offset`` and ``length`` of what is
-    missing or too much.
+    missing or too much. OSError as ``unreadable``.
     """
     if reader.size != entry.size:
         raise damaged(
@@ -231,7 +232,7 @@ def check_content(reader: Reader, entry: FileEntry) -> None:
     try:
         content = reader.read(0, entry.size)
     except OSError as error:
-        raise damaged(reader.name, f"cannot be read: {error.strerror}") from error
+        raise unreadable(reader.name, error) from error
     if blake3(content).hexdigest() != entry.blake3:
         raise damaged(reader.name, "does not match its digest")
 
@@ -282,7 +283,7 @@ def open_content(payload: Payload, name: str) -> Reader:
     """Open one of the payload's files, the memory image by what represents it.
 
     Holds what it opened, also when the payload is compressed or deleted meanwhile. Raises
-    DamagedData naming the file.
+    DamagedData naming the file, OSError as ``unreadable``.
     """
     candidates: list[tuple[Path, CompressionAlgorithm | None]] = [(payload.directory / name, None)]
     if name == payload.memory.name:
@@ -293,5 +294,5 @@ def open_content(payload: Payload, name: str) -> Reader:
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise damaged(path.name, f"cannot be read: {error.strerror}") from error
+            raise unreadable(path.name, error) from error
     raise damaged(name, "is missing")

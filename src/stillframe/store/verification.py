@@ -1,6 +1,7 @@
 """Verifying payloads: every byte against the digests of the manifest, damage located.
 
-Damage is collected, never raised, and nothing is changed. What is read is what represents the
+Damage is collected, never raised, and nothing is changed. What the host lacks to read a file, such
+as descriptors, is no damage: it is raised as the OSError it is. What is read is what represents the
 memory at the moment it is opened, so compressing or deleting meanwhile is no damage.
 """
 
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
-from stillframe.host.files import data_extents, open_regular, read_exactly
+from stillframe.host.files import data_extents, is_host_trouble, open_regular, read_exactly
 from stillframe.host.threads import in_order
 from stillframe.model.errors import DamagedData, NotFound
 from stillframe.model.units import MIB
@@ -83,7 +84,7 @@ def verify(
     """Verify a payload; yields the state of the work as it goes on, at last the result.
 
     ``share`` is the part of the data that a SAMPLE reads, chosen by ``seed``. Close the iterator to
-    stop. Damage never raises.
+    stop. Damage never raises. Raises OSError, NotFound (deleted meanwhile).
     """
     progress, chance = _Progress(depth, clock, clock()), random.Random(seed)  # noqa: S311
     with contextlib.ExitStack() as stack:
@@ -148,6 +149,8 @@ def _open(
         progress.add(Damage(table.name, 0, table_size(entry.size), error.message))
         return None
     except OSError as error:
+        if is_host_trouble(error):
+            raise
         why = f"{table.name} cannot be read ({error.strerror}), so {name} was not checked"
         progress.add(Damage(table.name, 0, table_size(entry.size), why))
         return None
@@ -201,6 +204,8 @@ class _Job:
             found, read = span_digests(self.reader, start, end)
             expected = read_exactly(self.table, len(found), start // EXTENT * DIGEST)
         except (OSError, DamagedData) as error:
+            if isinstance(error, OSError) and is_host_trouble(error):
+                raise
             if end - start > EXTENT:  # look closer
                 parts = [self.check(extent) for extent in spans(start, end, EXTENT)]
                 return sum(read for read, _ in parts), [d for _, more in parts for d in more]

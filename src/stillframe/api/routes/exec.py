@@ -1,7 +1,8 @@
 """Commands in the guest over a WebSocket.
 
-The first text frame names the command. Then binary frames are stdin, ``{"resize":...}`` sets the
-terminal's size; back come binary frames with stdout and stderr merged, at last ``{"exitCode":N}``.
+The first text frame names the command. Then binary frames are stdin, and a text with a ``resize``
+object sets the terminal's size (other texts are stdin); back come binary frames with stdout and
+stderr merged, at last ``{"exitCode":N}``.
 Stillframe's own: an empty binary frame is end of file on stdin, which the contract lacks.
 A client that goes hangs up on the command.
 """
@@ -10,12 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections import deque
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from starlette.types import Message
 from starlette.websockets import WebSocket
 
@@ -45,6 +47,8 @@ _BROKEN = 1011  # RFC 6455: the server met what kept it from fulfilling the requ
 _STDIN_BUFFER_BYTES = 4 * 1024 * 1024
 
 Cells = Annotated[int, Field(strict=True, ge=1, le=65535)]
+_CELLS: TypeAdapter[int] = TypeAdapter(Cells)
+_LONGEST_RESIZE = 1024  # characters; what is longer is not looked at
 Seconds = Annotated[float, Field(ge=0, le=10**9, allow_inf_nan=False)]
 
 
@@ -73,21 +77,6 @@ class ExecBody(Body):
             cols=self.cols if tty else None,
             wait_for_agent=self.wait_for_agent or 0,
         )
-
-
-class _Size(Body):
-    rows: Cells
-    cols: Cells
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.rows, self.cols
-
-
-class _ResizeFrame(Body):
-    model_config = ConfigDict(extra="forbid")
-
-    resize: _Size
 
 
 @router.websocket("/instances/{id}/exec", dependencies=[Depends(RequiredScope("instance:write"))])
@@ -194,21 +183,31 @@ class _Inbox:
         if data is not None:
             return data
         text: str = message.get("text") or ""
-        size = _resize(text)
-        if size is None:
+        resize = _resize(text)
+        if resize is None:
             return text.encode() or None
-        return size if self._tty else None
+        return _size(resize) if self._tty else None
 
 
 def _weight(item: bytes | tuple[int, int]) -> int:
     return 64 + len(item)
 
 
-def _resize(text: str) -> tuple[int, int] | None:
-    """Rows and columns if the text is a resize message, else None: then it is stdin."""
-    if not text.startswith("{") or len(text) > 256:
+def _resize(text: str) -> dict[str, Any] | None:
+    """What a resize message says, else None: then the text is stdin."""
+    if not text.startswith("{") or len(text) > _LONGEST_RESIZE:
         return None
     try:
-        return _ResizeFrame.model_validate_json(text).resize.size
+        resize = json.loads(text).get("resize")
+    except (ValueError, RecursionError):
+        return None
+    return resize if isinstance(resize, dict) else None
+
+
+def _size(resize: dict[str, Any]) -> tuple[int, int] | None:
+    """Its rows and columns; None for a size that no terminal has: the old one stays."""
+    try:
+        rows, columns = (_CELLS.validate_python(resize.get(key)) for key in ("rows", "cols"))
     except ValidationError:
         return None
+    return rows, columns

@@ -253,10 +253,12 @@ async def export_snapshot(
     """Stream a snapshot as one archive, with ``image`` together with its root disk.
 
     To go on after a broken connection, give the ``offset`` of the first byte that is missing, and
-    as ``If-Match`` the ETag of the first answer: 409 when the archive is another one by now. An
-    answer that breaks off is no whole archive; asking for the rest then tells the reason.
+    as ``If-Match`` the ETag of the first answer: 409 when the archive is another one by now, since
+    its name, tags or description were changed or the server was updated; 400 without ``If-Match``.
+    An answer that breaks off is no whole archive; asking for the rest then tells the reason.
     """
     tag = if_match.strip().strip('"') if if_match is not None else None
+    tag = None if tag == "*" else tag  # any will do (RFC 9110), which is nothing to go on by
     snapshot = engine.find_snapshot(snapshot_id)
     archive = await engine.export_snapshot(snapshot.id, image=image, offset=offset, tag=tag)
     return ArchiveResponse(archive)

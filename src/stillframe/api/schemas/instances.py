@@ -322,7 +322,7 @@ def _phases(instance: Instance, now: datetime) -> dict[str, int]:
 class InstanceStats(Answer):
     """What the hypervisor of an instance takes; zeros while it has none.
 
-    Bytes through the network are left out where nothing counts them.
+    What the guest got and sent by its network is left out where nothing counts it (QEMU).
     """
 
     instance_id: str
@@ -346,8 +346,8 @@ class InstanceStats(Answer):
             cpu_seconds=use.cpu_seconds,
             memory_rss_bytes=use.memory_resident_bytes,
             memory_vms_bytes=use.memory_virtual_bytes,
-            network_rx_bytes=use.network_bytes,
-            network_tx_bytes=use.network_bytes,
+            network_rx_bytes=use.network_received_bytes,
+            network_tx_bytes=use.network_sent_bytes,
             allocated_vcpus=instance.vcpus,
             allocated_memory_bytes=instance.memory_bytes,
             memory_utilization_ratio=round(use.memory_resident_bytes / instance.memory_bytes, 4),

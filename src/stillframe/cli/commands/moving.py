@@ -38,7 +38,10 @@ def verify(
     ] = "full",
     as_json: JsonFlag = False,
 ) -> None:
-    """Compare what is stored with its digests; exit 1 when damage is found."""
+    """Compare what is stored with its digests; exit 1 when damage is found.
+
+    One that cannot be verified does not keep the others from it; then it is 1, too.
+    """
     if bool(snapshots) == every:
         raise typer.BadParameter("name snapshots, or give --all")
     client: Client = context.obj
@@ -46,7 +49,7 @@ def verify(
         chosen = client.request("GET", "/snapshots")
     else:
         chosen = [client.find_snapshot(reference) for reference in snapshots or ()]
-    results = []
+    results, failed = [], False
     for snapshot in chosen:
         path = f"/snapshots/{snapshot['id']}/verify"
         with output.working(f"verifying {snapshot.get('name') or snapshot['id']}"):
@@ -56,12 +59,19 @@ def verify(
                 if not every:
                     raise
                 continue  # deleted since we asked for the list
+            except HostFailure as error:  # it is neither intact nor damaged
+                if len(chosen) == 1 or isinstance(error, Unreachable):
+                    raise
+                name = snapshot.get("name") or snapshot["id"]
+                output.say(f"error: {name} was not verified: {error.message}")
+                failed = True
+                continue
         results.append({"name": snapshot.get("name"), **found})
     output.print_json(results) if as_json else _table(results)
     damaged = [result for result in results if not result["intact"]]
     for result in damaged:
         _say_damage(result)
-    if damaged:
+    if damaged or failed:
         raise typer.Exit(1)
 
 

@@ -26,6 +26,7 @@ from stillframe.engine.telemetry import Operation
 from stillframe.host.files import allocated_bytes, storage_errors
 from stillframe.model.errors import HostFailure, InvalidRequest, StillframeError, StorageFull
 from stillframe.model.states import InstanceState
+from stillframe.model.units import LONGEST_DURATION
 from stillframe.model.values import (
     CompressionAlgorithm,
     CompressionConfig,
@@ -80,10 +81,25 @@ def delay_of(instance: Instance, requested: timedelta | None) -> timedelta:
     return delay or timedelta(0)
 
 
+def check_policy(policy: SnapshotPolicy | None) -> None:
+    """Raises InvalidRequest for a policy that no instance can be put to sleep by."""
+    if policy is None:
+        return
+    if policy.compression is not None and policy.compression.enabled:
+        effective(policy.compression)
+    delay = policy.standby_compression_delay
+    if delay is not None and not timedelta(0) <= delay <= LONGEST_DURATION:
+        raise InvalidRequest(
+            "the delay of the compression is negative, or longer than 292 years",
+            code="invalid_compression_delay",
+        )
+
+
 def begun(snapshot: Snapshot, payload: Payload, config: CompressionConfig | None) -> Snapshot:
-    """A snapshot's record at its commit, with the state of its memory. Raises DamagedData.
+    """A snapshot's record at its commit, with the state of its memory.
 
     ``config`` is what it is to be compressed with; it may be so already, shared with its source.
+    Raises DamagedData, OSError.
     """
     found = memory_file(payload)
     if config is None or found is None:
@@ -163,7 +179,6 @@ class Compressor:
                 check_free(self._context, expected_bytes)
             except HostFailure:
                 continue
-            del self._lacking_space[key]
             self._try_again(key)
 
     def _put_off(self, key: str, error: Exception) -> None:
@@ -180,15 +195,20 @@ class Compressor:
                     key, compression_state=CompressionState.COMPRESSING, compression_error=None
                 )
                 self.want_snapshot(self._context.snapshot(key))
-        elif instance is not None:
+        elif instance is not None and not self._context.held(key):
+            # Whoever holds it may have called this off. Else it is tried at the next deletion.
             self.want_standby(instance)
 
     async def cancel(self, key: str) -> None:
-        """Break off the compression for a snapshot or instance and wait for its end."""
-        job = self._jobs.get(key)
-        if job is not None:
+        """Break off the compression for a snapshot or instance and wait for its end.
+
+        Nothing of it is left: neither a job nor the wish to try again when there is space.
+        """
+        while (job := self._jobs.get(key)) is not None:
             job.cancel()
             await asyncio.wait([job])
+            self._forget(key, job)
+        self._lacking_space.pop(key, None)
 
     async def settled(self, key: str) -> None:
         """Return when nothing is at work, nor to come, for a snapshot or instance."""
@@ -197,8 +217,11 @@ class Compressor:
             await asyncio.wait([job])
 
     def _start(self, key: str, work: Callable[[str], Coroutine[Any, Any, None]]) -> None:
-        if self._context.closing:
+        known = self._jobs.get(key)
+        # ``cancel`` must find whoever is at work, so there is never more than one.
+        if self._context.closing or (known is not None and not known.done()):
             return
+        self._lacking_space.pop(key, None)
         job = self._context.spawn(work(key), name=f"compress {key}")
         self._jobs[key] = job
         job.add_done_callback(lambda _: self._forget(key, job))

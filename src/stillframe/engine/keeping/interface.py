@@ -121,15 +121,16 @@ class InstanceShare:
 class InstanceUse:
     """What the VMM of an instance takes, all zero while there is none.
 
-    ``network_bytes`` is what has gone through its network, both ways: zero without a network, and
-    None where it is not measured.
+    ``network_received_bytes`` and ``network_sent_bytes`` are what the guest got and sent in frames
+    since its VMM began: zero without a network, and None where nothing counts them.
     """
 
     instance: Instance
     cpu_seconds: float = 0.0
     memory_resident_bytes: int = 0
     memory_virtual_bytes: int = 0
-    network_bytes: int | None = 0
+    network_received_bytes: int | None = 0
+    network_sent_bytes: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,8 +295,8 @@ class KeepingInterface(Protocol):
     ) -> ExportedArchive:
         """The archive of a snapshot from byte ``offset`` on, with its ``image`` if wanted.
 
-        Its first bytes are checked on return. With ``tag`` it must be that same archive. Raises
-        NotFound, DamagedData, Conflict (tag), InvalidRequest (offset).
+        Its first bytes are checked on return. With ``tag`` it must be that same archive, and an
+        ``offset`` needs one. Raises NotFound, DamagedData, Conflict (tag), InvalidRequest (offset).
         """
 
     async def import_snapshot(

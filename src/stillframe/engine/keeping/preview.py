@@ -5,7 +5,6 @@ The verbs stop at the first reason; here all are collected, and nothing is touch
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from stillframe.engine.context import Context
@@ -13,6 +12,7 @@ from stillframe.engine.interface import ForkRequest
 from stillframe.engine.keeping.interface import RunPreview
 from stillframe.engine.keeping.lineage import family_of, weigh
 from stillframe.engine.keeping.quota import check_free, copied_bytes, expected_bytes
+from stillframe.engine.loaded import check_stored
 from stillframe.engine.moving.compatibility import image_reasons, machine_reasons
 from stillframe.engine.verbs.fork import (
     check_child,
@@ -28,7 +28,6 @@ from stillframe.model.states import InstanceState, Verb, permission
 from stillframe.model.units import check_name, check_tags
 from stillframe.model.values import Hypervisor, Snapshot
 from stillframe.store.paths import Payload
-from stillframe.store.payloads import check
 
 
 async def preview_fork(context: Context, snapshot_id: str, request: ForkRequest) -> RunPreview:
@@ -94,7 +93,7 @@ async def preview_instance_fork(
         captured = expected_bytes(context, instance)
     elif instance.state is InstanceState.STANDBY:
         async with collected:
-            await asyncio.to_thread(check, paths.standby)
+            await check_stored(paths.standby)
         async with collected:
             if target is InstanceState.RUNNING:
                 expanded = await _missing_bytes(context, paths.standby)
@@ -178,7 +177,7 @@ async def _preview(
     collected.reasons += image_reasons(context, snapshot)
     payload = context.data.snapshot(snapshot.id)
     async with collected:
-        await asyncio.to_thread(check, payload)
+        await check_stored(payload)
     copied, expanded = copied_bytes(context, payload.overlay), 0
     async with collected:
         if target is InstanceState.RUNNING:  # else the memory stays as it is

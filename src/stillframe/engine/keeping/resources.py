@@ -21,6 +21,7 @@ from stillframe.host.process import process_use
 from stillframe.model.errors import HostFailure
 from stillframe.model.values import Instance
 from stillframe.store.paths import DataDirectory
+from stillframe.vmm.isolation.command import TAP
 
 
 async def resources(context: Context) -> HostResources:
@@ -65,14 +66,27 @@ def instance_use(context: Context, instance_id: str) -> InstanceUse:
         use = process_use(live.machine.process)
     except HostFailure:  # it ended just now
         return InstanceUse(instance)
+    received, sent = _traffic(instance, live.machine.process.pid)
     return InstanceUse(
         instance,
         cpu_seconds=use.cpu_seconds,
         memory_resident_bytes=use.resident_bytes,
         memory_virtual_bytes=use.virtual_bytes,
-        # The VMM's own network stack counts nothing.
-        network_bytes=None if instance.network_enabled else 0,
+        network_received_bytes=received,
+        network_sent_bytes=sent,
     )
+
+
+def _traffic(instance: Instance, pid: int) -> tuple[int | None, int | None]:
+    """Bytes that a guest got and sent; None where nothing counts them.
+
+    A tap device does. The network that QEMU has by itself does not: no command of QMP tells of it.
+    """
+    if not instance.network_enabled:
+        return 0, 0
+    traffic = capacity.device_traffic(pid, TAP)
+    # What a device sends is what its VMM, and so the guest, gets.
+    return (None, None) if traffic is None else (traffic.sent, traffic.received)
 
 
 def _allotment(there_is: int, allocated: int) -> Allotment:

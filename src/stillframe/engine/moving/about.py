@@ -15,9 +15,15 @@ from datetime import datetime
 from typing import Any
 
 from stillframe.engine.context import Context
+from stillframe.engine.keeping.compression import check_policy
 from stillframe.engine.keeping.edit import check_description
 from stillframe.engine.settings import EngineSettings
-from stillframe.engine.verbs.create import check_command_text, check_environment
+from stillframe.engine.verbs.create import (
+    MIN_MEMORY,
+    MIN_OVERLAY,
+    check_command_text,
+    check_environment,
+)
 from stillframe.model.errors import DamagedData, InvalidRequest
 from stillframe.model.schedules import INSTANCE_TAG, SCHEDULED_TAG, check_snapshot_tags
 from stillframe.model.states import InstanceState
@@ -99,6 +105,7 @@ def _template(context: Context, told: Snapshot, manifest: Mapping[str, Any]) -> 
     check_tags(template.tags)
     check_environment(template.env)
     check_command_text(template.entrypoint, template.cmd)
+    check_policy(template.snapshot_policy)
     texts = (
         template.image, template.platform, template.accelerator, template.hypervisor_version,
         template.boot_nonce, template.processor,
@@ -111,6 +118,7 @@ def _template(context: Context, told: Snapshot, manifest: Mapping[str, Any]) -> 
         and _PAIR.fullmatch(template.boot)
         and template.hypervisor is told.source_hypervisor
         and all(0 <= rate <= MAX_RATE for rate in astuple(template.limits))
+        and template.device_layout >= 1
     )
     if not good:
         raise _refused("it tells of an instance that cannot be")
@@ -139,7 +147,10 @@ def _template(context: Context, told: Snapshot, manifest: Mapping[str, Any]) -> 
 
 
 def _past(context: Context, moment: datetime) -> datetime:
-    """When something was made: before it came here, whatever the clock there said."""
+    """When something was made: before it came here, whatever the clock there said.
+
+    Raises InvalidRequest.
+    """
     return min(to_utc(moment, what="created_at"), context.now())
 
 
@@ -166,7 +177,13 @@ def _check_sizes(
         raise _refused(f"its files are not those of a {told.kind.value} snapshot")
     if told.kind is SnapshotKind.STANDBY and entries["memory"].size != template.memory_bytes:
         raise _refused("its memory is not that of its instance")
-    if entries["overlay.raw"].size != template.overlay_bytes or template.memory_bytes % _HUGE_PAGE:
+    good = (
+        entries["overlay.raw"].size == template.overlay_bytes
+        and template.memory_bytes % _HUGE_PAGE == template.overlay_bytes % MIB == 0
+        and template.memory_bytes >= MIN_MEMORY
+        and template.overlay_bytes >= MIN_OVERLAY
+    )
+    if not good:
         raise _refused("it tells sizes that cannot be")
     for what, value, limit in (
         ("memory", template.memory_bytes, settings.max_memory_bytes),

@@ -132,7 +132,8 @@ async def export_snapshot(
 
     What ``places`` knows of need not be made again.
     From then on the snapshot may be deleted. Raises NotFound (its image too), DamagedData, Conflict
-    when ``tag`` names another archive, InvalidRequest for an offset beyond the end.
+    when ``tag`` names another archive, InvalidRequest for an offset beyond the end or without a
+    ``tag``: two archives must not become one.
     """
     async with contextlib.AsyncExitStack() as undo:
         async with context.using(snapshot_id) as found:
@@ -142,7 +143,14 @@ async def export_snapshot(
             parts = _image_of(context, snapshot) if image else None
             boot = _boot_pair_of(context, snapshot)
             about = about_of(snapshot)
-            present = _tag(payload, about, (parts, boot))
+            with storage_errors("read the snapshot"):
+                present = _tag(payload, about, (parts, boot))
+            if tag is None and offset:
+                raise InvalidRequest(
+                    "an archive goes on only where it is said which one it was",
+                    hint="give the ETag of its first answer as If-Match",
+                    tag=present,
+                )
             if tag not in (None, present):
                 raise Conflict(
                     "the snapshot's archive is another one by now",
@@ -205,9 +213,15 @@ def _boot_pair_of(context: Context, snapshot: Snapshot) -> Companion | None:
 
 
 def about_of(snapshot: Snapshot) -> dict[str, Any]:
-    """What the archive says about the snapshot: its record less what belongs to this server."""
+    """What the archive says about the snapshot: its record less what belongs to this server.
+
+    All that may change while the content stays is left out, but for the words that people give it
+    (name, tags, description), so that an archive goes on whatever has happened in between.
+    """
     told = replace(
         snapshot,
+        size_bytes=0,
+        timings_ms={},
         warm_count=0,
         expires_at=None,
         pinned=False,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from stillframe.engine.context import Context, Phases, finish
 from stillframe.engine.interface import CreateRequest
+from stillframe.engine.keeping.compression import check_policy
 from stillframe.engine.keeping.expiry import deadline
 from stillframe.engine.machines import boot_and_commit, clear_remains, command_of
 from stillframe.engine.telemetry import Operation
@@ -28,8 +29,8 @@ from stillframe.model.values import Hypervisor, Image, Instance
 from stillframe.store.records import Intent
 
 _HUGE_PAGE = 2 * MIB
-_MIN_MEMORY = 64 * MIB
-_MIN_OVERLAY = 16 * MIB
+MIN_MEMORY = 64 * MIB
+MIN_OVERLAY = 16 * MIB
 # It goes with every command that is run in the guest, in one frame of 64 KiB with the command.
 _MAX_ENVIRONMENT = 48 * KIB
 
@@ -82,9 +83,9 @@ def _checked(context: Context, request: CreateRequest) -> Instance:
     memory = _default(request.memory_bytes, settings.default_memory_bytes)
     overlay = _default(request.overlay_bytes, settings.default_overlay_bytes)
     vcpus = _default(request.vcpus, settings.default_vcpus)
-    _check_range("size", memory, _MIN_MEMORY, settings.max_memory_bytes, "invalid_size")
+    _check_range("size", memory, MIN_MEMORY, settings.max_memory_bytes, "invalid_size")
     _check_range(
-        "overlay_size", overlay, _MIN_OVERLAY, settings.max_overlay_bytes, "invalid_overlay_size"
+        "overlay_size", overlay, MIN_OVERLAY, settings.max_overlay_bytes, "invalid_overlay_size"
     )
     if not 1 <= vcpus <= settings.max_vcpus:
         raise InvalidRequest(
@@ -93,6 +94,7 @@ def _checked(context: Context, request: CreateRequest) -> Instance:
     deadline(context, request.expires_at, request.lifetime)
     check_environment(request.env)
     check_command_text(request.entrypoint, request.cmd)
+    check_policy(request.snapshot_policy)
     if memory > _host_memory():
         raise InsufficientResources(
             f"the guest wants {format_size(memory)}, this host has {format_size(_host_memory())}",

@@ -12,14 +12,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from stillframe.engine.capture import capture
 from stillframe.engine.context import Context, Phases, finish, remove
 from stillframe.engine.interface import ForkOutcome, ForkRequest
 from stillframe.engine.keeping.quota import check_free, copied_bytes, expected_bytes
 from stillframe.engine.keeping.verify import refuse_damaged
-from stillframe.engine.loaded import run_loaded
+from stillframe.engine.loaded import check_stored, run_loaded
 from stillframe.engine.machines import boot_and_commit, boot_pairs, end
 from stillframe.engine.telemetry import Operation
 from stillframe.engine.verbs.create import check_environment, make_directory
@@ -46,7 +45,7 @@ from stillframe.model.states import InstanceState, Verb, permission
 from stillframe.model.units import check_name, check_tags
 from stillframe.model.values import Hypervisor, Instance, Snapshot, SnapshotKind
 from stillframe.store.paths import Payload
-from stillframe.store.payloads import check, share_memory, without_file
+from stillframe.store.payloads import share_memory, without_file
 from stillframe.store.records import Intent
 from stillframe.vmm.moments import Moment
 
@@ -139,7 +138,7 @@ async def fork_many(
     async with context.using(snapshot_id) as snapshot:
         refuse_damaged(snapshot)
         payload = context.data.snapshot(snapshot_id)
-        checked = asyncio.ensure_future(asyncio.to_thread(check, payload))
+        checked = asyncio.ensure_future(check_stored(payload))
         try:
             outcomes = await asyncio.gather(
                 *(_outcome(context, snapshot, request, checked) for request in requests)
@@ -150,7 +149,7 @@ async def fork_many(
 
 
 async def _outcome(
-    context: Context, snapshot: Snapshot, request: ForkRequest, checked: asyncio.Future[Any]
+    context: Context, snapshot: Snapshot, request: ForkRequest, checked: asyncio.Future[None]
 ) -> ForkOutcome:
     try:
         return ForkOutcome(request.name, await _fork_one(context, snapshot, request, checked))
@@ -165,7 +164,7 @@ async def _outcome(
 
 
 async def _fork_one(
-    context: Context, snapshot: Snapshot, request: ForkRequest, checked: asyncio.Future[Any]
+    context: Context, snapshot: Snapshot, request: ForkRequest, checked: asyncio.Future[None]
 ) -> Instance:
     phases = Phases()
     check_name(request.name)
@@ -254,7 +253,7 @@ async def _source_of(
         captured = await capture(context, instance, live, payload, phases)
         return Source(template, payload.overlay, payload, moment=captured.moment)
     if instance.state is InstanceState.STANDBY:
-        await asyncio.to_thread(check, paths.standby)
+        await check_stored(paths.standby)
         return Source(template, paths.overlay, paths.standby)
     return Source(template, paths.overlay, None)
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from stillframe.engine.context import Context, Phases, finish
 from stillframe.engine.keeping.quota import check_free, copied_bytes
 from stillframe.engine.keeping.verify import refuse_damaged
-from stillframe.engine.loaded import run_loaded
+from stillframe.engine.loaded import check_stored, run_loaded
 from stillframe.engine.machines import boot_and_commit, end
 from stillframe.engine.telemetry import Operation
 from stillframe.engine.verbs.fork import target_hypervisor_of, target_of, template_under
@@ -32,7 +32,7 @@ from stillframe.model.errors import InvalidRequest
 from stillframe.model.states import InstanceState, Verb, permission
 from stillframe.model.values import Hypervisor, Instance, Snapshot
 from stillframe.store.paths import InstancePaths, Payload
-from stillframe.store.payloads import check, memory_file, share_memory, without_file
+from stillframe.store.payloads import memory_file, share_memory, without_file
 from stillframe.store.records import Intent
 
 log = logging.getLogger("stillframe.restore")
@@ -61,7 +61,7 @@ async def restore_snapshot(
         permission(Verb.RESTORE_SNAPSHOT, instance.state)
         refuse_damaged(snapshot)
         payload = context.data.snapshot(snapshot_id)
-        await asyncio.to_thread(check, payload)
+        await check_stored(payload)
         template = await template_under(context, snapshot, hypervisor)
         if copied := copied_bytes(context, payload.overlay):
             check_free(context, copied)
@@ -195,7 +195,8 @@ def give_up(current: InstancePaths, staged: InstancePaths) -> None:
 async def _run(
     context: Context, restored: Instance, payload: Payload, target: InstanceState, phases: Phases
 ) -> Instance:
-    loaded = memory_file(payload) is not None
+    with storage_errors("read what is stored"):
+        loaded = memory_file(payload) is not None
     if target is InstanceState.RUNNING and loaded:
         return await run_loaded(
             context,

@@ -114,7 +114,8 @@ async def _take(
             timings_ms=phases.total(),
             template=_template(context, instance, wanted.kind),
         )
-        taken = begun(taken, final, config)
+        with storage_errors("look at the compressed image"):
+            taken = begun(taken, final, config)
         try:
             context.records.put_snapshot(taken, head=True)
         except NameConflict as error:

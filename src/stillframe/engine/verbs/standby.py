@@ -12,7 +12,7 @@ from stillframe.engine.capture import capture
 from stillframe.engine.context import Context, Phases, finish, remove
 from stillframe.engine.keeping.compression import chosen, delay_of
 from stillframe.engine.keeping.quota import check_free, expected_bytes
-from stillframe.engine.loaded import run_loaded, take_back
+from stillframe.engine.loaded import check_stored, run_loaded, take_back
 from stillframe.engine.machines import clear_remains, end
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import remove_tree, storage_errors
@@ -20,7 +20,7 @@ from stillframe.model.errors import InvalidState
 from stillframe.model.states import InstanceState, Permission, Verb, permission
 from stillframe.model.values import CompressionConfig, Instance
 from stillframe.store.paths import InstancePaths
-from stillframe.store.payloads import check, publish
+from stillframe.store.payloads import publish
 
 log = logging.getLogger("stillframe.standby")
 
@@ -103,7 +103,7 @@ async def restore(context: Context, instance_id: str) -> Instance:
         with contextlib.ExitStack() as undo:
             undo.callback(lambda: context.compressor.want_standby(context.instance(instance_id)))
             with phases.measure("check"):
-                await asyncio.to_thread(check, paths.standby)
+                await check_stored(paths.standby)
             try:
                 restored = await run_loaded(
                     context, instance, paths.standby, phases,

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from stillframe.engine.context import Context, Phases
 from stillframe.engine.interface import ForkRequest, WarmStatus
 from stillframe.engine.keeping.verify import refuse_damaged
-from stillframe.engine.loaded import let_run, load_paused
+from stillframe.engine.loaded import check_stored, let_run, load_paused
 from stillframe.engine.machines import end
 from stillframe.engine.telemetry import Operation
 from stillframe.engine.verbs.fork import Source, child_of, make_disks
@@ -27,7 +27,6 @@ from stillframe.host.process import private_memory
 from stillframe.model.errors import InvalidRequest, StillframeError
 from stillframe.model.units import format_size
 from stillframe.model.values import Instance, Snapshot, SnapshotKind
-from stillframe.store.payloads import check
 from stillframe.store.records import Intent
 from stillframe.vmm.driver import Machine
 
@@ -278,7 +277,7 @@ class WarmForks:
         source = Source(snapshot.template, payload.overlay, payload, snapshot.id)
         child = child_of(context, source, ForkRequest(""))
         async with contextlib.AsyncExitStack() as undo:
-            await asyncio.to_thread(check, payload)
+            await check_stored(payload)
             context.records.intend(Intent(child.id, "fork", {"warm": snapshot.id}))
             undo.callback(context.records.fulfil, child.id)
             disk = await make_disks(context, child, source, undo)
