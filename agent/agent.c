@@ -108,6 +108,7 @@ void state_text(struct agent *a, struct text_builder *text) {
     read_file("/proc/sys/kernel/random/boot_id", boot_id, sizeof boot_id);
     boot_id[strcspn(boot_id, "\n")] = 0;
     text_add(text, "version", "1");
+    text_add(text, "charges", "entries");
     text_add(text, "boot_id", boot_id);
     text_add(text, "workload", names[a->shared->workload]);
     if (a->shared->workload == WORKLOAD_EXITED)
@@ -198,8 +199,8 @@ static void request(struct agent *a, const struct frame *frame) {
 
 static void channel_frame(struct agent *a, struct channel *c, const struct frame *frame) {
     if (frame->type == CREDIT && frame->size == 4) {
-        uint64_t credit = (uint64_t)c->credit + load32(frame->payload);
-        c->credit = credit > 1u << 30 ? 1u << 30 : (uint32_t)credit;
+        int64_t credit = c->credit + load32(frame->payload);
+        c->credit = credit > 1 << 30 ? 1 << 30 : credit;
     } else if (c->kind == CHANNEL_EXEC) {
         exec_frame(a, c, frame);
     } else if (frame->type == CLOSE) {
@@ -357,7 +358,7 @@ static void sooner(int64_t *wake, int64_t at) {
 /* True when a READ could go on at once: it waits for nothing but its turn. */
 static bool busy(const struct agent *a) {
     for (const struct channel *c = a->channels; c; c = c->next)
-        if (c->kind == CHANNEL_READ && !c->finished && c->credit && a->queued < QUEUE_HIGH)
+        if (c->kind == CHANNEL_READ && !c->finished && c->credit > 0 && a->queued < QUEUE_HIGH)
             return true;
     return false;
 }

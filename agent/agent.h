@@ -17,7 +17,7 @@ struct channel {
     enum { CHANNEL_EXEC, CHANNEL_READ, CHANNEL_WRITE } kind;
     bool detached; /* its session is over: nothing is sent, output is thrown away */
     bool finished; /* to be freed */
-    uint32_t credit; /* bytes we may send */
+    int64_t credit; /* bytes we may send; below zero when the last frame was larger */
 
     pid_t pid;
     bool tty, exited, timed_out, stdin_ended;

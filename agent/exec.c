@@ -236,7 +236,7 @@ void exec_detach(struct channel *c) {
 }
 
 static bool may_read(const struct agent *a, const struct channel *c) {
-    return c->detached || (c->credit && a->queued < QUEUE_HIGH);
+    return c->detached || (c->credit > 0 && a->queued < QUEUE_HIGH);
 }
 
 static void sooner(int64_t *wake, int64_t at) {
@@ -281,7 +281,7 @@ static bool drain(struct agent *a, struct channel *c, int *fd, uint8_t type) {
     for (int turn = 0; *fd >= 0; turn++) {
         if (turn == TURNS || !may_read(a, c)) /* a flood must not keep the others waiting */
             return c->drained >= AFTER_BYTES;
-        size_t most = c->detached || c->credit > CHUNK ? CHUNK : c->credit;
+        size_t most = c->detached || c->credit > CHUNK ? CHUNK : (size_t)c->credit;
         ssize_t count = read(*fd, chunk, most);
         if (count < 0 && errno == EINTR)
             continue;
@@ -298,7 +298,7 @@ static bool drain(struct agent *a, struct channel *c, int *fd, uint8_t type) {
             c->drained += (size_t)count;
         if (c->detached)
             continue;
-        c->credit -= (uint32_t)count;
+        c->credit -= count;
         send_frame(a, type, c->id, chunk, (size_t)count);
     }
     return true;

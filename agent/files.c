@@ -21,6 +21,7 @@ struct walk {
     int file;
     int64_t left;
     bool follow, last; /* last: a single file, nothing after it */
+    bool charged; /* ENTRY and END cost credit: the host grants it for them */
     char path[PATH_MAX];
 };
 
@@ -66,8 +67,16 @@ void file_stat(struct agent *a, uint32_t id, const struct text_list *request) {
 
 /* -- READ ----------------------------------------------------------------------------------------- */
 
+/* Frames that say what is sent, whole: a tree of many links has nothing else. */
+static void charge(struct channel *c, size_t size) {
+    if (c->walk->charged)
+        c->credit -= (int64_t)(HEADER_SIZE + size);
+}
+
 static void read_end(struct agent *a, struct channel *c, bool final) {
-    send_frame(a, END, c->id, "final", final ? 5 : 0);
+    size_t size = final ? 5 : 0;
+    send_frame(a, END, c->id, "final", size);
+    charge(c, size);
     if (final)
         c->finished = true;
 }
@@ -103,6 +112,7 @@ static int enter(struct agent *a, struct channel *c, int at, const char *name) {
         add_target(&text, at, name);
     describe(&text, &info);
     send_text(a, ENTRY, c->id, &text);
+    charge(c, text.size);
     if (S_ISDIR(info.st_mode) || S_ISLNK(info.st_mode))
         read_end(a, c, false);
     return 0;
@@ -117,6 +127,7 @@ void file_read(struct agent *a, uint32_t id, const struct text_list *request) {
     struct stat info;
     w->file = -1;
     w->follow = !strcmp(text_list_get(request, "follow", "0"), "1");
+    w->charged = !strcmp(text_list_get(request, "charge", ""), "entries");
     int error = 0;
     if (fstatat(AT_FDCWD, path, &info, w->follow ? 0 : AT_SYMLINK_NOFOLLOW))
         error = errno;
@@ -139,7 +150,7 @@ void file_read(struct agent *a, uint32_t id, const struct text_list *request) {
 static int read_chunk(struct agent *a, struct channel *c) {
     struct walk *w = c->walk;
     uint8_t chunk[CHUNK];
-    size_t most = c->credit < CHUNK ? c->credit : CHUNK;
+    size_t most = c->credit < CHUNK ? (size_t)c->credit : CHUNK;
     if ((int64_t)most > w->left)
         most = (size_t)w->left;
     ssize_t count = most ? read(w->file, chunk, most) : 0;
@@ -151,7 +162,7 @@ static int read_chunk(struct agent *a, struct channel *c) {
     }
     if (count)
         send_frame(a, DATA, c->id, chunk, (size_t)count);
-    c->credit -= (uint32_t)count;
+    c->credit -= count;
     w->left -= count;
     if (!w->left) {
         close(w->file);
@@ -188,7 +199,7 @@ static int read_next(struct agent *a, struct channel *c) {
 }
 
 void read_service(struct agent *a, struct channel *c) {
-    for (int turn = 0; turn < 16 && !c->finished && c->credit && a->queued < QUEUE_HIGH; turn++) {
+    for (int turn = 0; turn < 16 && !c->finished && c->credit > 0 && a->queued < QUEUE_HIGH; turn++) {
         int error = c->walk->file >= 0 ? read_chunk(a, c) : read_next(a, c);
         if (error) {
             send_error(a, c->id, error, c->walk->path);

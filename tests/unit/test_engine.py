@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from stillframe.engine import capture as capturing
-from stillframe.engine import loaded, machines
+from stillframe.engine import greeting, loaded, machines
 from stillframe.engine.context import Phases
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import CreateRequest, ExecRequest, ForkRequest
@@ -284,7 +284,7 @@ async def test_a_fork_without_an_identity_of_its_own_is_ended(
 ) -> None:
     source = await running(engine)
     snapshot = await engine.snapshot(source.id, kind=LIVE)
-    monkeypatch.setattr(loaded, "identify_guest", silent)
+    monkeypatch.setattr(greeting, "identify_guest", silent)
     fork = await engine.fork_snapshot(snapshot.id, ForkRequest("fork"))
     with pytest.raises(StillframeError):  # nobody talks to it before it is itself
         await engine.exec(fork.id, ExecRequest(("true",)))

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from stillframe.guest import connection as connections
 from stillframe.guest import files, wire
 from stillframe.guest.connection import AgentConnection, AgentHello
 from stillframe.guest.exec import start_exec
@@ -22,8 +23,13 @@ Answer = Callable[["FakeAgent", Frame], Awaitable[None]]
 class FakeAgent:
     """Answers HELLO, hands every other frame to the scenario."""
 
-    def __init__(self, stream: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:
+    def __init__(
+        self,
+        stream: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        state: list[tuple[str, str]] = STATE,
+    ) -> None:
         self.reader, self.writer = stream
+        self.state = state
         self.seen: list[Frame] = []
 
     def send(self, kind: int, channel: int, payload: bytes = b"") -> None:
@@ -34,7 +40,7 @@ class FakeAgent:
         while data := await self.reader.read(65536):
             for frame in decoder.feed(data):
                 if frame.type == FrameType.HELLO:
-                    self.send(FrameType.HELLO_OK, 0, frame.payload + wire.text_list(STATE))
+                    self.send(FrameType.HELLO_OK, 0, frame.payload + wire.text_list(self.state))
                 else:
                     self.seen.append(frame)
                     await answer(self, frame)
@@ -42,10 +48,14 @@ class FakeAgent:
 
 @asynccontextmanager
 async def session(
-    answer: Answer, *, first: bytes = b"", on_event: Callable[[AgentHello], None] | None = None
+    answer: Answer,
+    *,
+    first: bytes = b"",
+    on_event: Callable[[AgentHello], None] | None = None,
+    state: list[tuple[str, str]] = STATE,
 ) -> AsyncIterator[tuple[AgentConnection, FakeAgent]]:
     ours, theirs = socket.socketpair()
-    agent = FakeAgent(await asyncio.open_connection(sock=theirs))
+    agent = FakeAgent(await asyncio.open_connection(sock=theirs), state)
     agent.writer.write(first)
     task = asyncio.create_task(agent.serve(answer))
     stream = await asyncio.open_connection(sock=ours)
@@ -190,3 +200,67 @@ async def test_names_of_files_that_are_no_text_are_handed_back_as_they_are() -> 
     async with session(answer) as (connection, _):
         (found,) = [entry.path async for entry in files.read_path(connection, "/tree")]
     assert os.fsencode(found) == b"\xff"
+
+
+LINK = [("path", "node_modules/p/index"), ("type", "link"), ("target", "../x"), ("mode", "777")]
+LINK += [("size", "4"), ("mtime", "1"), ("uid", "0"), ("gid", "0")]
+
+
+async def test_an_agent_that_sends_too_much_for_one_operation_fails_that_alone() -> None:
+    """A tree of very many links, from an agent that lets them cost nothing, and a slow client."""
+    closed = asyncio.Event()
+
+    async def answer(agent: FakeAgent, frame: Frame) -> None:
+        if frame.type == FrameType.CLOSE:
+            closed.set()
+        elif frame.type == FrameType.READ:
+            entry = wire.encode(Frame(FrameType.ENTRY, frame.channel, wire.text_list(LINK)))
+            pair = entry + wire.encode(Frame(FrameType.END, frame.channel, b""))
+            for _ in range(2 * connections.MAX_UNREAD_BYTES // len(pair) // 1000):
+                agent.writer.write(pair * 1000)
+                await agent.writer.drain()
+
+    async with session(answer) as (connection, agent):
+        command = await start_exec(connection, ["long", "running"])
+        entries = files.read_path(connection, "/tree")
+        await anext(entries)
+        async with asyncio.timeout(60):
+            await closed.wait()
+            with pytest.raises(GuestFailure, match="more than it was allowed to"):
+                async for _ in entries:
+                    pass
+            agent.send(FrameType.EXIT, 1, struct.pack("<i", 0))
+            assert await command.wait() == 0
+        assert [f.type for f in agent.seen if f.channel == 2] == [FrameType.READ, FrameType.CLOSE]
+
+
+@pytest.mark.parametrize("charges", [False, True])
+async def test_credit_for_entries_is_granted_to_agents_that_charge_for_them(charges: bool) -> None:
+    """Others would get more credit than they use, and send more of a file than is to be unread."""
+    entry = Frame(FrameType.ENTRY, 1, wire.text_list(LINK))
+    number = 2 * connections.GRANT_SIZE // len(wire.encode(entry))
+    last = asyncio.Event()
+
+    async def answer(agent: FakeAgent, frame: Frame) -> None:
+        if frame.type == FrameType.SHUTDOWN:
+            last.set()
+        if frame.type == FrameType.READ:
+            for _ in range(number):
+                agent.send(FrameType.ENTRY, 1, entry.payload)
+                agent.send(FrameType.END, 1)
+            agent.send(FrameType.END, 1, b"final")
+
+    state = [*STATE, ("charges", "entries")] if charges else STATE
+    async with session(answer, state=state) as (connection, agent):
+        async with asyncio.timeout(60):
+            found = [entry.path async for entry in files.read_path(connection, "/tree")]
+            await connection.send(Frame(FrameType.SHUTDOWN, 9, b""))  # behind all that was granted
+            await last.wait()
+    assert len(found) == number
+    asked = ("charge", "entries") in wire.parse_text_list(agent.seen[0].payload)
+    granted = sum(
+        struct.unpack("<I", f.payload)[0] for f in agent.seen if f.type == FrameType.CREDIT
+    )
+    sent = number * len(wire.encode(entry) + bytes(wire.HEADER_SIZE))
+    assert asked is charges
+    assert sent - connections.GRANT_SIZE < granted <= sent if charges else granted == 0

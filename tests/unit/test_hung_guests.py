@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from stillframe.model.retention import Retention
 from stillframe.model.schedules import ScheduleRequest
 from stillframe.model.states import InstanceState
 from stillframe.model.values import Instance, SnapshotKind
+from stillframe.vmm.driver import AgentStream
+from stillframe.vmm.fake.driver import FakeMachine
 from support.clock import HOUR, SetClock
 from support.engine import ask, make_engine, open_engine, running
 
@@ -136,6 +138,106 @@ async def test_an_agent_that_came_back_without_our_session_is_greeted_anew(
             await engine.stat(instance.id, "/", follow=True)
     assert (await engine.stat(instance.id, "/", follow=True)).is_dir
     assert await ask(engine, instance.id, "echo", "again") == "again"
+
+
+def deaf_for_now(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From now on nothing is heard of any agent, not even a greeting, until what is returned."""
+    dial, is_deaf = FakeMachine.dial_agent, True
+
+    async def dial_in_vain(self: FakeMachine) -> AgentStream:
+        reader, writer = await dial(self)
+        return (asyncio.StreamReader() if is_deaf else reader), writer
+
+    def hear() -> None:
+        nonlocal is_deaf
+        is_deaf = False
+
+    monkeypatch.setattr(FakeMachine, "dial_agent", dial_in_vain)
+    return hear
+
+
+async def told(engine: Engine, instance_id: str, wanted: str) -> None:
+    """Return when the instance's ``state_error`` has these words; empty: when there is none."""
+    async with asyncio.timeout(60):
+        with engine.context.listening(instance_id) as changed:
+            while True:
+                said = engine.find_instance(instance_id).state_error or ""
+                if wanted in said and bool(wanted) is bool(said):
+                    return
+                await changed.wait()
+                changed.clear()
+
+
+@pytest.mark.parametrize("how", ["adopted", "restored"])
+async def test_a_guest_that_was_busy_when_it_was_to_be_identified_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    first = make_engine(tmp_path)
+    await first.open()
+    source = await running(first)
+    if how == "restored":
+        await first.standby(source.id)
+    await first.close()
+    hear = deaf_for_now(monkeypatch)
+    second = make_engine(tmp_path)
+    impatient(second)
+    async with open_engine(tmp_path, second) as engine:
+        if how == "restored":
+            await engine.restore(source.id)
+        await told(engine, source.id, "an identity of its own")
+        with pytest.raises(GuestFailure, match=r"did not answer within 0\.2 s"):
+            await engine.exec(source.id, ExecRequest(("true",), wait_for_agent=0.2))
+        assert engine.find_instance(source.id).state is InstanceState.RUNNING
+        hear()
+        assert await ask(engine, source.id, "echo", "again") == "again"
+        await told(engine, source.id, "")
+
+
+async def test_who_has_time_for_an_agent_waits_longer_than_the_first_greeting(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = await running(engine)
+    await engine.standby(source.id)
+    impatient(engine)
+    hear = deaf_for_now(monkeypatch)
+    await engine.restore(source.id)
+    patient = ExecRequest(("echo", "at last"), wait_for_agent=60)
+    asking = asyncio.create_task(engine.exec(source.id, patient))
+    await told(engine, source.id, "did not answer within 0.5 s")
+    assert not asking.done()
+    hear()
+    async with asyncio.timeout(60):
+        session = await asking
+        assert b"".join([data async for _, data in session.output()]) == b"at last\n"
+
+
+@pytest.mark.parametrize("identified", [False, True])
+async def test_of_adopted_forks_only_one_that_never_was_itself_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, identified: bool
+) -> None:
+    """The server ends before a fork was identified, or later; the next one finds it silent."""
+    first = make_engine(tmp_path)
+    await first.open()
+    source = await running(first)
+    snapshot = await first.snapshot(source.id, kind=SnapshotKind.STANDBY)
+    hear = deaf_for_now(monkeypatch)
+    if identified:
+        hear()
+    fork = await first.fork_snapshot(snapshot.id, ForkRequest("fork"))
+    if identified:
+        await ask(first, fork.id, "true")
+        deaf_for_now(monkeypatch)
+    await first.close()
+    second = make_engine(tmp_path)
+    impatient(second)
+    async with open_engine(tmp_path, second) as engine:
+        await told(engine, fork.id, "an identity of its own")
+        state = engine.find_instance(fork.id).state
+        assert state is (InstanceState.RUNNING if identified else InstanceState.STOPPED)
+        assert (fork.id in engine.context.live) is identified
+        if not identified:  # it boots with random numbers of its own
+            await engine.start(fork.id)
+            assert not engine.context.data.instance(fork.id).unidentified.exists()
 
 
 async def test_a_verb_that_takes_its_time_holds_up_no_other_instances_schedule(

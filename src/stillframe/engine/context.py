@@ -93,6 +93,7 @@ class LiveInstance:
     ``ending`` is set by verbs that end the VMM on purpose, so that its exit is no news.
     ``dialling`` is held while connecting; ``news`` is set when the agent reports a change.
     ``greeting`` makes a loaded guest itself; nobody else talks to its agent before that is done.
+    ``sibling``: it is a fork that has not been made itself yet, and must not go on without.
     ``captured`` is where an image lies that, with the pages written since, is the guest's memory.
     """
 
@@ -101,6 +102,7 @@ class LiveInstance:
     ending: bool = False
     captured: Payload | None = None
     greeting: asyncio.Task[None] | None = None
+    sibling: bool = False
     dialling: asyncio.Lock = field(default_factory=asyncio.Lock)
     news: asyncio.Event = field(default_factory=asyncio.Event)
 

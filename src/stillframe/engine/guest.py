@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 
 import stillframe.guest.files as guest_files
 from stillframe.engine.context import Context
+from stillframe.engine.greeting import connect
 from stillframe.engine.interface import ExecRequest, ExecSession, ReadEntry
-from stillframe.engine.machines import connect
 from stillframe.guest.connection import AgentConnection
 from stillframe.guest.exec import start_exec
 from stillframe.model.errors import InvalidRequest, InvalidState
@@ -27,7 +27,7 @@ async def connection_to(context: Context, instance_id: str, patience: float = 0)
             state=instance.state.value,
         )
     seconds = patience or context.settings.agent_timeout
-    return await connect(context, context.live_instance(instance), seconds)
+    return await connect(context, instance, seconds)
 
 
 async def execute(context: Context, instance_id: str, request: ExecRequest) -> ExecSession:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from dataclasses import replace
 
+from stillframe.engine import greeting
 from stillframe.engine.context import Context, LiveInstance, Phases, finish
 from stillframe.engine.keeping.expanded import link_in_place
 from stillframe.engine.machines import (
@@ -13,12 +14,11 @@ from stillframe.engine.machines import (
     check_loadable,
     clear_remains,
     end,
-    identify_guest,
     load,
 )
 from stillframe.engine.telemetry import Operation
 from stillframe.host.files import storage_errors
-from stillframe.model.errors import GuestFailure, NotFound, StillframeError, VmmFailure
+from stillframe.model.errors import StillframeError, VmmFailure
 from stillframe.model.states import InstanceState
 from stillframe.model.values import Instance
 from stillframe.store.paths import Payload
@@ -116,9 +116,13 @@ async def let_run(
     captured memory believes, so there is no way back to it. ``undo`` is dropped at the commit.
 
     The guest is then given its own identity (entropy, clock, names) in the background; whoever
-    talks to it through us waits for that (``machines.connect``). A fork that cannot be given one is
+    talks to it through us waits for that (``greeting.connect``). A fork that cannot be given one is
     ended: it would go on with its siblings' random numbers.
     """
+    unidentified = context.data.instance(instance.id).unidentified
+    if operation in _FORKS:  # said for the next server, too
+        with storage_errors("mark the fork"):
+            unidentified.touch()
     running = context.moved(
         instance, InstanceState.RUNNING, process=machine.process, stopped_at=None,
         started_at=instance.started_at or context.now(),
@@ -127,13 +131,14 @@ async def let_run(
         context.commit(running, fulfils=fulfils, note=note)
     undo.pop_all()
     live = attach(context, running, machine)
+    live.sibling = unidentified.exists()
     # Greet before the first step: the agent then finds us waiting instead of an empty line.
     live.greeting = context.spawn(
         _greet(context, running, live, phases, operation), name=f"identify {running.id}"
     )
     with phases.measure("resume"):
         await finish(_resume(machine))
-    context.spawn(_after_greeting(context, running.id, live, operation), name="after greeting")
+    greeting.see_to(context, running.id, live)
     context.telemetry.observe(operation, phases.total())
     return _remember(context, running, phases, resumed=True)
 
@@ -187,44 +192,11 @@ async def take_back(context: Context, before: Instance, reason: str) -> None:
 async def _greet(
     context: Context, instance: Instance, live: LiveInstance, phases: Phases, operation: Operation
 ) -> None:
-    try:
-        with phases.measure("identify"):
-            await identify_guest(context, instance, live)
-    except GuestFailure:
-        if not live.ending:  # else somebody has just stopped or deleted it
-            raise
-        return
-    _remember(context, instance, phases)
-    context.telemetry.observe(operation, {"identify": phases.milliseconds["identify"]})
-
-
-async def _after_greeting(
-    context: Context, instance_id: str, live: LiveInstance, operation: Operation
-) -> None:
-    """End a fork that got no identity of its own; note it of a restored guest, which runs on."""
-    assert live.greeting is not None  # noqa: S101 - for the type checker
-    await asyncio.wait([live.greeting])
-    error = None if live.greeting.cancelled() else live.greeting.exception()
-    if error is None or context.closing:
-        return
-    async with contextlib.AsyncExitStack() as held:
-        try:
-            instance = await held.enter_async_context(context.exclusive(instance_id, "identify"))
-        except NotFound:
-            return
-        if context.live.get(instance_id) is not live or live.ending:
-            return
-        reason = f"the guest could not be given an identity of its own: {error}"
-        if operation not in _FORKS:
-            context.commit(replace(instance, state_error=reason), note=reason)
-            return
-        await end(context, instance_id)
-        stopped = context.moved(
-            instance, InstanceState.STOPPED, process=None, stopped_at=context.now(),
-            state_error=reason,
-        )  # fmt: skip
-        context.witness(stopped, note=reason)
-        clear_remains(context.data.instance(instance_id))
+    with phases.measure("identify"):
+        await greeting.greet(context, instance, live)
+    if not live.ending:
+        _remember(context, instance, phases)
+        context.telemetry.observe(operation, {"identify": phases.milliseconds["identify"]})
 
 
 def _remember(

@@ -1,7 +1,7 @@
 """From files to a running guest and back: the steps that several verbs share.
 
-``boot`` and ``load`` start a VMM, ``attach`` makes it one of ours and watches it, ``connect`` and
-``identify`` talk to its guest, ``end`` ends it. They write no records; the verbs commit.
+``boot`` and ``load`` start a VMM, ``attach`` makes it one of ours and watches it, ``dial`` talks to
+its guest (``greeting`` makes that one itself first), ``end`` ends it. The verbs commit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import logging
 import re
 import secrets
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,14 +19,12 @@ from pathlib import Path
 
 from stillframe.engine.context import Context, LiveInstance, finish
 from stillframe.engine.logs import last_bytes
-from stillframe.engine.space import LACKS_SPACE, look_after, until_it_goes_on
+from stillframe.engine.space import look_after
 from stillframe.guest.connection import AgentConnection, silent
-from stillframe.guest.identity import identify
 from stillframe.host.files import create_sparse, storage_errors
 from stillframe.images.boot import BootPair, write_config_disk
 from stillframe.model.errors import (
     DamagedData,
-    GuestFailure,
     NotFound,
     NotSupported,
     StillframeError,
@@ -148,6 +145,7 @@ async def boot(context: Context, instance: Instance, image: Image) -> Machine:
     with storage_errors("make the memory image"):
         paths.memory.unlink(missing_ok=True)
         paths.memory_table.unlink(missing_ok=True)  # it is of another image
+        paths.unidentified.unlink(missing_ok=True)  # it gets an identity as it boots
         create_sparse(paths.memory, instance.memory_bytes)
     async with context.starting():
         return await _start(driver, instance, await resources_of(context, instance))
@@ -217,24 +215,6 @@ def attach(context: Context, instance: Instance, machine: Machine) -> LiveInstan
     return live
 
 
-async def connect(context: Context, live: LiveInstance, timeout: float) -> AgentConnection:
-    """The connection to the agent of a guest that has its own identity (see ``loaded.let_run``).
-
-    Raises GuestFailure when the agent is silent for ``timeout`` seconds, or has been before.
-    """
-    if live.machine.lacks_space.is_set():
-        raise GuestFailure(LACKS_SPACE, hint="free space in the data directory")
-    if live.greeting is not None:
-        await asyncio.wait([live.greeting])
-        failure = None if live.greeting.cancelled() else live.greeting.exception()
-        if live.greeting.cancelled() or failure is not None:
-            raise GuestFailure(
-                f"the guest has no identity of its own: {failure or 'the server is stopping'}",
-                hint="stop the instance and start it again, or delete it",
-            ) from failure
-    return await dial(live, timeout)
-
-
 async def dial(live: LiveInstance, timeout: float) -> AgentConnection:
     """The connection to the guest agent, made if there is none.
 
@@ -253,34 +233,6 @@ async def dial(live: LiveInstance, timeout: float) -> AgentConnection:
             return live.connection
     except TimeoutError as error:
         raise silent(timeout) from error
-
-
-async def identify_guest(context: Context, instance: Instance, live: LiveInstance) -> None:
-    """Give a restored or forked guest its own entropy, clock and names. Raises GuestFailure.
-
-    One that is silent because it lacks space is asked again when it goes on.
-    """
-    while True:
-        try:
-            return await _identify_once(context, instance, live)
-        except GuestFailure:
-            if not live.machine.lacks_space.is_set():
-                raise
-        await until_it_goes_on(context, instance.id)
-
-
-async def _identify_once(context: Context, instance: Instance, live: LiveInstance) -> None:
-    patience = context.settings.agent_timeout
-    connection = await dial(live, patience)
-    async with connection.answering(patience):
-        await identify(
-            connection,
-            seed=secrets.token_bytes(64),
-            time_ns=time.time_ns,
-            hostname=instance.name,
-            machine_id=machine_id(instance.id),
-            instance_id=instance.id,
-        )
 
 
 @contextlib.contextmanager

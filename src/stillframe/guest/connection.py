@@ -21,8 +21,9 @@ READ_SIZE = 65536
 # Grant credit in pieces of this size, not per frame.
 GRANT_SIZE = wire.INITIAL_CREDIT // 4
 _DATA_TYPES = (FrameType.STDOUT, FrameType.STDERR, FrameType.DATA)
-# Frames without credit (ENTRY, END, CREDIT ...) a channel may hold unread; the agent's own queue
-# is a mebibyte, so an honest one stays far below.
+_ENTRY_TYPES = (FrameType.ENTRY, FrameType.END)  # charged whole, by agents that do
+# What a channel may hold unread, headers included: far more than credit allows. Only an agent that
+# does not charge for entries gets here in honesty, with a tree of many and a slow reader.
 MAX_UNREAD_BYTES = 8 * 1024 * 1024
 
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -30,11 +31,15 @@ Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 @dataclass(frozen=True, slots=True)
 class AgentHello:
-    """What the agent says of its guest. ``workload`` is starting, running or exited."""
+    """What the agent says of its guest. ``workload`` is starting, running or exited.
+
+    ``charges_entries``: when asked to, it lets the frames of a copied tree cost credit.
+    """
 
     boot_id: str
     workload: str
     exit_code: int | None = None
+    charges_entries: bool = False
 
 
 EventCallback = Callable[[AgentHello], None]
@@ -45,7 +50,8 @@ def parse_hello(payload: bytes) -> AgentHello:
     fields = parse_fields(payload)
     try:
         code = int(fields["exit_code"]) if "exit_code" in fields else None
-        return AgentHello(fields["boot_id"][:64], fields["workload"][:16], code)
+        charges = fields.get("charges") == "entries"
+        return AgentHello(fields["boot_id"][:64], fields["workload"][:16], code, charges)
     except (KeyError, ValueError) as error:
         raise GuestFailure("the guest agent's greeting is malformed") from error
 
@@ -79,6 +85,7 @@ class Channel:
 
     def __init__(self, connection: AgentConnection, number: int) -> None:
         self.number = number
+        self.charges_entries = connection.hello.charges_entries
         self._connection = connection
         self._frames: asyncio.Queue[Frame | None] = asyncio.Queue()
         self._unread = 0
@@ -86,13 +93,14 @@ class Channel:
         self._credit = wire.INITIAL_CREDIT
         self._credit_changed = asyncio.Event()
         self._ended = False
+        self._failure: GuestFailure | None = None
 
     async def receive(self) -> Frame:
         """Next frame. Raises GuestFailure: ERROR from the agent, or the connection was lost."""
         frame = await self._frames.get()
         if frame is None:
             self._frames.put_nowait(None)  # for whoever asks next
-            raise self._connection.failure()
+            raise self._failure or self._connection.failure()
         self._unread -= len(frame.payload) + wire.HEADER_SIZE
         if frame.type == FrameType.ERROR:
             self._ended = True
@@ -103,6 +111,8 @@ class Channel:
             )
         if frame.type in _DATA_TYPES:
             await self._consume(len(frame.payload))
+        elif self.charges_entries and frame.type in _ENTRY_TYPES:
+            await self._consume(wire.HEADER_SIZE + len(frame.payload))
         return frame
 
     async def expect(self, *types: FrameType) -> Frame:
@@ -149,7 +159,10 @@ class Channel:
             await self.send(FrameType.CREDIT, struct.pack("<I", grant))
 
     def deliver(self, frame: Frame | None) -> None:
-        """From the connection's reader: a frame, or None when the connection is lost."""
+        """From the connection's reader: a frame, or None when the connection is lost.
+
+        Raises GuestFailure when the guest sends more than it may: the channel can only ``fail``.
+        """
         if frame is None:
             self._frames.put_nowait(None)
             self._credit_changed.set()
@@ -163,8 +176,21 @@ class Channel:
             self.end()
         self._unread += len(frame.payload) + wire.HEADER_SIZE
         if self._unread > MAX_UNREAD_BYTES:
-            raise GuestFailure("the guest agent sends more than it was allowed to")
+            raise GuestFailure(
+                "the guest agent sends more than it was allowed to",
+                hint="if this was a copy of very many files, copy a part of them at a time, or "
+                "have them packed in the guest: its agent may be of an older version",
+            )
         self._frames.put_nowait(frame)
+
+    def fail(self, failure: GuestFailure) -> None:
+        """End this operation alone; whoever reads gets ``failure`` after what has arrived."""
+        self._failure = failure
+        self._connection.forget(self)
+        self.deliver(None)
+        if not self._ended:
+            self.end()
+            self._connection.post(Frame(FrameType.CLOSE, self.number, b""))
 
 
 class AgentConnection:
@@ -305,7 +331,10 @@ class AgentConnection:
         if frame.channel:
             channel = self._channels.get(frame.channel)
             if channel:
-                channel.deliver(frame)
+                try:
+                    channel.deliver(frame)
+                except GuestFailure as error:  # its own affair: the others' commands go on
+                    channel.fail(error)
         elif frame.type == FrameType.EVENT:
             self._hello = parse_hello(frame.payload)
             if self._on_event:

@@ -125,6 +125,8 @@ async def read_path(
     Raises GuestFailure, also for a path from the guest that is absolute or leaves the tree.
     """
     fields = {"path": path, "follow": "1" if follow else "0"}
+    if connection.hello.charges_entries:
+        fields["charge"] = "entries"
     async with _operation(connection, FrameType.READ, fields) as channel:
         while True:
             frame = await channel.expect(FrameType.ENTRY, FrameType.END)

@@ -109,6 +109,14 @@ class InstancePaths:
         return self.directory / ".restored"
 
     @property
+    def unidentified(self) -> Path:
+        """Marks a fork that still has the random numbers of what it was forked from.
+
+        It need not be durable: what ends with the host is the fork's VMM too.
+        """
+        return self.directory / ".unidentified"
+
+    @property
     def standby(self) -> Payload:
         """Memory and devices while in Standby."""
         return Payload(self.directory / "standby")

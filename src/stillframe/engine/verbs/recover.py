@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from stillframe.engine import greeting
 from stillframe.engine.context import Context
 from stillframe.engine.machines import (
     announce_ready,
     attach,
     clear_remains,
     commit_exit,
-    identify_guest,
     resources_of,
 )
 from stillframe.engine.verbs.restore_snapshot import give_up, put_back
@@ -191,8 +191,7 @@ async def _adopt(context: Context, instance: Instance) -> None:
     if instance.state is InstanceState.INITIALIZING:
         announce_ready(context, instance, live)
     else:
-        # Its identity may not have been set before the crash.
-        live.greeting = context.spawn(
-            identify_guest(context, instance, live), name=f"identify {instance.id}"
-        )
+        # Its identity may not have been set before the crash; of a fork that is known.
+        live.sibling = context.data.instance(instance.id).unidentified.exists()
+        greeting.begin(context, instance, live)
     context.note(instance.id, "adopted by a new server")
