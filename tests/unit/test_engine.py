@@ -366,8 +366,10 @@ async def test_a_crash_during_a_snapshot_is_undone_and_the_source_runs(
     def crash(*_: object, **__: object) -> Any:
         raise CrashError
 
-    # A dead server cleans nothing up.
-    monkeypatch.setattr("stillframe.engine.verbs.snapshot.remove_tree", lambda _: None)
+    async def leave(_: Path) -> None:
+        """A dead server cleans nothing up."""
+
+    monkeypatch.setattr("stillframe.engine.verbs.snapshot.remove", leave)
     monkeypatch.setattr(records, "fulfil", lambda _: None)
     targets: dict[str, Any] = {"seal": capturing, "put_snapshot": records}
     if step == "publish":
