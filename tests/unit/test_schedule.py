@@ -420,8 +420,12 @@ async def test_a_crash_anywhere_in_a_run_is_harmless(
     def crash(*_: object, **__: object) -> Any:
         raise CrashError
 
+    async def leave(_: Path) -> None:
+        """A dead server cleans nothing up."""
+
     records = engine.context.records
-    monkeypatch.setattr("stillframe.engine.verbs.snapshot.remove_tree", lambda _: None)
+    monkeypatch.setattr(taking, "remove", leave)
+    monkeypatch.setattr(taking, "remove_tree", lambda _: None)
     monkeypatch.setattr(records, "fulfil", lambda _: None)
     where: dict[str, tuple[object, str]] = {
         "snapshot": (taking, "_fill"), "put_snapshot": (records, "put_snapshot"),
