@@ -34,8 +34,9 @@ _ENVIRONMENT = {
 VM = {"image": "stillframe/base", "size": "64MB", "overlay_size": "16MB", "vcpus": 1}
 # What may lie in the directory of an instance, by whether it has a VMM.
 _AT_REST = {"overlay.raw", "config.raw", "logs"}
-_ASLEEP = {*_AT_REST, "standby"}
-_AWAKE = {*_AT_REST, "memory", "memory.blake3", "control.sock", "agent.sock", "devices"}
+_MARKED = {*_AT_REST, ".unidentified"}  # until a fork has an identity of its own
+_ASLEEP = {*_MARKED, "standby"}
+_AWAKE = {*_MARKED, "memory", "memory.blake3", "control.sock", "agent.sock", "devices"}
 
 
 # What may lie in the data directory itself.

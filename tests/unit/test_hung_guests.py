@@ -235,9 +235,25 @@ async def test_of_adopted_forks_only_one_that_never_was_itself_is_ended(
         state = engine.find_instance(fork.id).state
         assert state is (InstanceState.RUNNING if identified else InstanceState.STOPPED)
         assert (fork.id in engine.context.live) is identified
-        if not identified:  # it boots with random numbers of its own
-            await engine.start(fork.id)
-            assert not engine.context.data.instance(fork.id).unidentified.exists()
+        # When it boots it has random numbers of its own.
+        assert not engine.context.data.instance(fork.id).unidentified.exists()
+
+
+async def test_a_fork_that_falls_asleep_before_it_is_itself_is_known_as_one_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_engine(tmp_path) as engine:
+        source = await running(engine)
+        snapshot = await engine.snapshot(source.id, kind=SnapshotKind.STANDBY)
+        hear = deaf_for_now(monkeypatch)
+        fork = await engine.fork_snapshot(snapshot.id, ForkRequest("fork"))
+        marker = engine.context.data.instance(fork.id).unidentified
+        await engine.standby(fork.id)
+        assert marker.exists()
+        hear()
+        await engine.restore(fork.id)
+        assert await ask(engine, fork.id, "true") == ""
+        assert not marker.exists()
 
 
 async def test_a_verb_that_takes_its_time_holds_up_no_other_instances_schedule(

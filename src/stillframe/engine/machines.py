@@ -354,13 +354,17 @@ def commit_exit(context: Context, instance: Instance) -> Instance:
 def clear_remains(paths: InstancePaths) -> None:
     """Remove what only a running VMM needs: its memory image, sockets, and half-made files.
 
-    What cannot be removed is tried once more, and then when the next server starts.
+    A guest in standby without an identity of its own stays marked as such. What cannot be removed
+    is tried once more, and then when the next server starts.
     """
+    unneeded = {paths.memory, paths.memory_table}
+    if not paths.standby.directory.exists():
+        unneeded.add(paths.unidentified)
     for _ in range(2):
         with contextlib.suppress(OSError):
             for path in list(paths.directory.iterdir()):
                 half_made = path.suffix == ".new" and path.is_file()
-                if half_made or path in {paths.memory, paths.memory_table} or path.is_socket():
+                if half_made or path in unneeded or path.is_socket():
                     with contextlib.suppress(OSError):
                         path.unlink()
 
