@@ -21,6 +21,7 @@ from hypeman.lib.exec import exec as sdk_exec
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from stillframe.api.routes import exec as routes
 from stillframe.api.server import bind
 from stillframe.cli.client import Client
 from stillframe.engine.interface import ReadEntry
@@ -284,6 +285,24 @@ def test_a_missing_log_is_a_404(url: str, engine: DoubleEngine) -> None:
     engine.failures["logs"] = NotFound("no app log yet", code="log_not_found")
     answer = httpx.get(f"{url}/instances/web/logs", headers=bearer())
     assert (answer.status_code, answer.json()["code"]) == (404, "log_not_found")
+
+
+def test_a_client_that_goes_while_its_stdin_is_not_taken_hangs_up_all_the_same(
+    url: str, engine: DoubleEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(DoubleSession, "write_stdin", never)
+    monkeypatch.setattr(routes, "_ASK_SECONDS", 0.05)
+    monkeypatch.setattr(routes, "_STDIN_BUFFER_BYTES", 100_000)
+    with dial(url, "/instances/web/exec") as stream:
+        stream.send(json.dumps({"command": ["sleep", "infinity"]}))
+        for _ in range(4):
+            stream.send(bytes(60_000))
+        stream.socket.shutdown(socket.SHUT_RDWR)
+    (session,) = engine.sessions
+    assert session.closed.wait(30)
 
 
 def test_a_follower_that_goes_lets_the_log_go(url: str, engine: DoubleEngine) -> None:

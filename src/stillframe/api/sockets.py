@@ -19,6 +19,7 @@ CHUNK_BYTES = 32 * 1024
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _FIRST_FRAME_SECONDS = 30.0
 _REASON_BYTES = 123
+_ANSWER_SECONDS = 1.0
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 ResultT = TypeVar("ResultT")
@@ -114,6 +115,18 @@ async def send_data(websocket: WebSocket, data: bytes) -> None:
             await websocket.send_bytes(bytes(view[start : start + CHUNK_BYTES]))
     except (WebSocketDisconnect, RuntimeError) as error:
         raise ClientGone("the client went") from error
+
+
+async def is_there(websocket: WebSocket) -> bool:
+    """Whether the client of a stream of bytes is still there, as far as writing nothing tells."""
+    try:
+        async with asyncio.timeout(_ANSWER_SECONDS):
+            await websocket.send_bytes(b"")
+    except TimeoutError:
+        return True  # it does not read just now
+    except (WebSocketDisconnect, RuntimeError):
+        return False
+    return True
 
 
 async def hang_up(websocket: WebSocket, code: int = 1000, reason: str = "") -> None:

@@ -31,6 +31,7 @@ from stillframe.api.sockets import (
     end_tasks,
     first_frame,
     hang_up,
+    is_there,
     send_data,
     send_json,
     unless_done,
@@ -45,6 +46,7 @@ _NOT_STARTED = 127
 _BROKEN = 1011  # RFC 6455: the server met what kept it from fulfilling the request
 # stdin that the guest has not taken yet. Reading on lets us see a client that goes.
 _STDIN_BUFFER_BYTES = 4 * 1024 * 1024
+_ASK_SECONDS = 15.0  # between two looks whether a client that is not read is still there
 
 Cells = Annotated[int, Field(strict=True, ge=1, le=65535)]
 _CELLS: TypeAdapter[int] = TypeAdapter(Cells)
@@ -135,7 +137,8 @@ class _Inbox:
     """What the client sent and the guest has not taken yet, bounded in bytes.
 
     Reading ahead of the guest is what lets us notice a client that goes while its command does
-    not read. With a full buffer reading stops, which slows the client down.
+    not read. With a full buffer reading stops, which slows the client down; whether it is still
+    there is then asked by writing.
     """
 
     def __init__(self, websocket: WebSocket, *, tty: bool) -> None:
@@ -147,7 +150,7 @@ class _Inbox:
 
     async def read(self) -> None:
         """Collect frames until the client goes."""
-        while True:
+        while await self._room():
             message = await self._websocket.receive()
             if message["type"] == "websocket.disconnect":
                 return
@@ -158,7 +161,17 @@ class _Inbox:
                 self._items.append(item)
                 self._bytes += _weight(item)
                 self._changed.notify_all()
-                await self._changed.wait_for(lambda: self._bytes <= _STDIN_BUFFER_BYTES)
+
+    async def _room(self) -> bool:
+        """Wait until there is room for more; False when the client went meanwhile."""
+        while True:
+            try:
+                async with asyncio.timeout(_ASK_SECONDS), self._changed:
+                    await self._changed.wait_for(lambda: self._bytes <= _STDIN_BUFFER_BYTES)
+                    return True
+            except TimeoutError:
+                if not await is_there(self._websocket):
+                    return False
 
     async def feed(self, session: ExecSession) -> None:
         """Pass what was collected to the command, in order, until cancelled or the guest fails."""
