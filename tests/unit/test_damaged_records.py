@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from stillframe.host.orphans import kill_orphans, processes_naming
 from stillframe.model.values import SnapshotKind
 from stillframe.store.paths import DataDirectory
-from stillframe.store.records import Intent
+from stillframe.store.records import Intent, Records
 from support.engine import make_engine, open_engine, running, traces
 
 pytestmark = pytest.mark.timeout(120)
@@ -74,11 +75,12 @@ async def test_an_intent_whose_facts_cannot_be_read_is_undone_by_its_subject(
         source = await engine.stop((await running(engine)).id)
         subject = source.id if verb == "restore snapshot" else engine.context.new_id()
         before = traces(tmp_path)
-        engine.context.records.intend(Intent(subject, verb, {"name": "half"}))
         if verb == "snapshot":
             engine.context.data.snapshot_new(subject).directory.mkdir()
         elif verb == "fork":
             engine.context.data.instance(subject).directory.mkdir()
+    with contextlib.closing(Records(DataDirectory(tmp_path).database)) as records:
+        records.intend(Intent(subject, verb, {"name": "half"}))
     flip(tmp_path, "intents", "document", f"subject = '{subject}'", 3)
     async with open_engine(tmp_path) as engine:
         assert traces(tmp_path) == before
