@@ -9,7 +9,8 @@ import pytest
 
 from stillframe.engine.engine import Engine
 from stillframe.host.orphans import kill_orphans
-from support.engine import open_engine
+from support.clock import SetClock
+from support.engine import make_engine, open_engine
 
 
 @pytest.fixture
@@ -20,7 +21,18 @@ def vms_end(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.fixture
-async def engine(tmp_path: Path, vms_end: None) -> AsyncIterator[Engine]:
+def clock() -> SetClock:
+    """A clock that the scenario sets; where it is used, it is the one of ``engine``."""
+    return SetClock()
+
+
+@pytest.fixture
+async def engine(
+    request: pytest.FixtureRequest, tmp_path: Path, vms_end: None
+) -> AsyncIterator[Engine]:
     """An open engine on the fake hypervisor."""
-    async with open_engine(tmp_path) as opened:
+    closed = make_engine(tmp_path)
+    if "clock" in request.fixturenames:
+        request.getfixturevalue("clock").rule(closed)
+    async with open_engine(tmp_path, closed) as opened:
         yield opened

@@ -68,6 +68,16 @@ class Host:
 
 
 @asynccontextmanager
+async def greeted(program: Path) -> AsyncIterator[tuple[Host, Frame]]:
+    """A host that has greeted an agent, and what that answered."""
+    async with agent(program) as stream:
+        host = Host(stream)
+        host.send(FrameType.HELLO, 0, b"n" * 16)
+        (hello,) = await host.until(0)
+        yield host, hello
+
+
+@asynccontextmanager
 async def agent(
     program: Path,
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
@@ -119,10 +129,7 @@ def charged(frames: list[Frame]) -> int:
 async def test_an_agent_that_is_asked_to_lets_the_frames_of_a_tree_cost_credit(
     program: Path, tree: Path
 ) -> None:
-    async with agent(program) as stream:
-        host = Host(stream)
-        host.send(FrameType.HELLO, 0, b"n" * 16)
-        (hello,) = await host.until(0)
+    async with greeted(program) as (host, hello):
         assert ("charges", "entries") in wire.parse_text_list(hello.payload[16:])
         host.send(FrameType.READ, 1, reading(tree, ("charge", "entries")))
         first = await quiet(host)
@@ -135,10 +142,7 @@ async def test_an_agent_that_is_asked_to_lets_the_frames_of_a_tree_cost_credit(
 async def test_an_agent_that_is_not_asked_to_does_as_its_older_hosts_expect(
     program: Path, tree: Path
 ) -> None:
-    async with agent(program) as stream:
-        host = Host(stream)
-        host.send(FrameType.HELLO, 0, b"n" * 16)
-        await host.until(0)
+    async with greeted(program) as (host, _):
         (tree / "file").rename(tree.with_suffix(".file"))  # which would wait for credit
         try:
             host.send(FrameType.READ, 1, reading(tree))

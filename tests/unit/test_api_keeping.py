@@ -15,7 +15,6 @@ from stillframe.api.app import create_app
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import EngineInterface, ForkRequest
 from stillframe.engine.verbs import snapshot as taking
-from stillframe.host.orphans import kill_orphans
 from stillframe.model.errors import VmmFailure
 from stillframe.model.retention import Retention
 from stillframe.model.schedules import ScheduleRequest
@@ -25,25 +24,10 @@ from support.api_double import PRIVATE, SECRET, bearer
 from support.clock import HOUR, SetClock
 from support.engine import ask, make_engine, running, traces
 
+pytestmark = pytest.mark.usefixtures("clock", "vms_end")
+
 DISK, LIVE = SnapshotKind.STOPPED, SnapshotKind.STANDBY
 HOURLY: dict[str, Any] = {"interval": "1h", "retention": {"max_count": 2}}
-
-
-@pytest.fixture
-def clock() -> SetClock:
-    return SetClock()
-
-
-@pytest.fixture
-async def engine(tmp_path: Path, clock: SetClock) -> AsyncIterator[Engine]:
-    engine = make_engine(tmp_path)
-    clock.rule(engine)
-    try:
-        await engine.open()
-        yield engine
-    finally:
-        await engine.close()
-        kill_orphans(tmp_path / "instances", ())
 
 
 @pytest.fixture

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import resource
 from datetime import timedelta
 from pathlib import Path
 
+from stillframe.api import server
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import ForkRequest
 from stillframe.host import process
@@ -62,3 +64,13 @@ async def test_a_closed_engine_leaves_nothing_open(tmp_path: Path) -> None:
     async with open_engine(tmp_path / "second", second):
         await ask(second, (await running(second)).id, "true")
     assert descriptors() == before
+
+
+def test_a_server_may_open_as_many_files_as_its_host_allows() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 1, hard))
+    try:
+        server._allow_many_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

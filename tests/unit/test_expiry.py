@@ -22,14 +22,9 @@ from support.api_double import SECRET, bearer
 from support.clock import DAY, HOUR, MINUTE, START, SetClock, look
 from support.engine import make_engine, running, traces
 
-pytestmark = pytest.mark.usefixtures("vms_end")
+pytestmark = pytest.mark.usefixtures("clock", "vms_end")
 
 LIVE = SnapshotKind.STANDBY
-
-
-@pytest.fixture
-def clock() -> SetClock:
-    return SetClock()
 
 
 async def opened(directory: Path, clock: SetClock) -> Engine:
@@ -37,13 +32,6 @@ async def opened(directory: Path, clock: SetClock) -> Engine:
     clock.rule(engine)
     await engine.open()
     return engine
-
-
-@pytest.fixture
-async def engine(tmp_path: Path, clock: SetClock) -> AsyncIterator[Engine]:
-    engine = await opened(tmp_path, clock)
-    yield engine
-    await engine.close()
 
 
 @pytest.fixture

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
-import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +30,7 @@ from stillframe.host.files import (
     write_sparse,
 )
 from stillframe.model.errors import HostFailure, StorageFull
+from support.descriptors import no_descriptors
 from support.engine import make_engine
 
 MIB = 1 << 20
@@ -255,13 +254,7 @@ def test_a_tree_goes_even_when_no_descriptor_is_left(tmp_path: Path) -> None:
     (tmp_path / "tree" / "below").mkdir(parents=True)
     (tmp_path / "tree" / "below" / "file").touch()
     keep_descriptors()
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.ExitStack() as taken:
-        taken.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-        with contextlib.suppress(OSError):
-            while True:
-                taken.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+    with no_descriptors(but=0):
         remove_tree(tmp_path / "tree")
         with pytest.raises(OSError, match="Too many open files"):
             os.open(os.devnull, os.O_RDONLY)  # they are kept back again

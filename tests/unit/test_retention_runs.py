@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,26 +18,11 @@ from stillframe.model.schedules import ScheduleRequest
 from stillframe.model.values import Snapshot
 from stillframe.model.verification import Depth
 from support.clock import HOUR, SetClock, look, stopped
-from support.engine import make_engine
 from support.payloads import flip
 
-pytestmark = pytest.mark.usefixtures("vms_end")
+pytestmark = pytest.mark.usefixtures("clock", "vms_end")
 
 HOURLY = ScheduleRequest(Retention(max_count=3), interval=HOUR)
-
-
-@pytest.fixture
-def clock() -> SetClock:
-    return SetClock()
-
-
-@pytest.fixture
-async def engine(tmp_path: Path, clock: SetClock) -> AsyncIterator[Engine]:
-    engine = make_engine(tmp_path)
-    clock.rule(engine)
-    await engine.open()
-    yield engine
-    await engine.close()
 
 
 @pytest.mark.parametrize("meanwhile", ["more allowed", "schedule deleted"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -29,23 +28,9 @@ from stillframe.model.values import Snapshot, SnapshotKind
 from support.clock import DAY, HOUR, MINUTE, START, SetClock, look, stopped
 from support.engine import make_engine, open_engine, running
 
-pytestmark = pytest.mark.usefixtures("vms_end")
+pytestmark = pytest.mark.usefixtures("clock", "vms_end")
 
 HOURLY = ScheduleRequest(Retention(max_count=3), interval=HOUR)
-
-
-@pytest.fixture
-def clock() -> SetClock:
-    return SetClock()
-
-
-@pytest.fixture
-async def engine(tmp_path: Path, clock: SetClock) -> AsyncIterator[Engine]:
-    engine = make_engine(tmp_path)
-    clock.rule(engine)
-    await engine.open()
-    yield engine
-    await engine.close()
 
 
 def names(engine: Engine) -> list[str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -15,7 +15,6 @@ import pytest
 from stillframe.engine.engine import Engine
 from stillframe.engine.interface import ForkRequest
 from stillframe.engine.keeping.clock import PATIENCE, BelievedClock
-from stillframe.host.orphans import kill_orphans
 from stillframe.model.errors import NotFound, StorageFull
 from stillframe.model.retention import Retention
 from stillframe.model.schedules import Schedule, ScheduleRequest
@@ -25,6 +24,8 @@ from stillframe.store.records import Records
 from support.clock import DAY, HOUR, MINUTE, START, SetClock, look, stopped
 from support.engine import make_engine, open_engine, running
 
+pytestmark = pytest.mark.usefixtures("clock", "vms_end")
+
 HOURLY = ScheduleRequest(Retention(max_count=3), interval=HOUR)
 
 
@@ -32,23 +33,6 @@ HOURLY = ScheduleRequest(Retention(max_count=3), interval=HOUR)
 def full() -> Iterator[Any]:
     raise StorageFull("the records could not be written")
     yield
-
-
-@pytest.fixture
-def clock() -> SetClock:
-    return SetClock()
-
-
-@pytest.fixture
-async def engine(tmp_path: Path, clock: SetClock) -> AsyncIterator[Engine]:
-    engine = make_engine(tmp_path)
-    clock.rule(engine)
-    try:
-        await engine.open()
-        yield engine
-    finally:
-        await engine.close()
-        kill_orphans(tmp_path / "instances", ())
 
 
 async def test_an_expired_snapshot_goes_and_a_pinned_one_stays(

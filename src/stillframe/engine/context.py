@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("stillframe.engine")
 T = TypeVar("T")
-_COPIES_AT_ONCE = 4
+_COPIES_AT_ONCE = 8  # they wait for the disk, hardly for a processor
 _PATIENCE = 1.0  # seconds that a loaded guest waits for others to be loaded
 _VERBS_END = 60.0  # seconds that a server that ends waits for verbs, once its requests are over
 

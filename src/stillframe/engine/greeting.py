@@ -14,12 +14,11 @@ import time
 from dataclasses import replace
 
 from stillframe.engine.context import Context, LiveInstance
-from stillframe.engine.machines import clear_remains, dial, end, machine_id
+from stillframe.engine.machines import dial, end_because, machine_id
 from stillframe.engine.space import LACKS_SPACE, until_it_goes_on
 from stillframe.guest.connection import AgentConnection, silent
 from stillframe.guest.identity import identify
 from stillframe.model.errors import GuestFailure, NotFound
-from stillframe.model.states import InstanceState
 from stillframe.model.values import Instance
 
 _NO_IDENTITY = "the guest could not be given an identity of its own"
@@ -155,20 +154,10 @@ async def _after(
             if _is_noted(instance):
                 context.witness(replace(instance, state_error=None), note="the guest is itself")
         elif live.sibling:
-            await _end_fork(context, instance, reason)
+            await end_because(context, instance_id, reason)
         else:
             context.witness(replace(instance, state_error=reason), note=reason)
 
 
 def _is_noted(instance: Instance) -> bool:
     return (instance.state_error or "").startswith(_NO_IDENTITY)
-
-
-async def _end_fork(context: Context, instance: Instance, reason: str) -> None:
-    await end(context, instance.id)
-    stopped = context.moved(
-        instance, InstanceState.STOPPED, process=None, stopped_at=context.now(),
-        state_error=reason,
-    )  # fmt: skip
-    context.witness(stopped, note=reason)
-    clear_remains(context.data.instance(instance.id))

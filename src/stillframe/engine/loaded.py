@@ -14,6 +14,7 @@ from stillframe.engine.machines import (
     check_loadable,
     clear_remains,
     end,
+    end_because,
     load,
 )
 from stillframe.engine.telemetry import Operation
@@ -176,16 +177,9 @@ async def take_back(context: Context, before: Instance, reason: str) -> None:
     if status is MachineStatus.PAUSED:
         context.witness(before, note=f"it could not run: {reason}")
         await end(context, before.id)
+        clear_remains(context.data.instance(before.id))
     else:
-        await end(context, before.id)
-        running = context.instance(before.id)
-        reason = f"its VMM was lost when it was to run: {reason}"
-        stopped = context.moved(
-            running, InstanceState.STOPPED, process=None, stopped_at=context.now(),
-            state_error=reason,
-        )  # fmt: skip
-        context.witness(stopped, note=reason)
-    clear_remains(context.data.instance(before.id))
+        await end_because(context, before.id, f"its VMM was lost when it was to run: {reason}")
     context.expanded.sweep()
 
 

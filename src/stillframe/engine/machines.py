@@ -351,6 +351,20 @@ def commit_exit(context: Context, instance: Instance) -> Instance:
     return stopped
 
 
+async def end_because(context: Context, instance_id: str, reason: str) -> None:
+    """End a VMM that cannot go on and record Stopped, for that ``reason``. Its lock is held.
+
+    Raises what ``end`` raises; then nothing is recorded.
+    """
+    await end(context, instance_id)
+    stopped = context.moved(
+        context.instance(instance_id), InstanceState.STOPPED, process=None,
+        stopped_at=context.now(), state_error=reason,
+    )  # fmt: skip
+    context.witness(stopped, note=reason)
+    clear_remains(context.data.instance(instance_id))
+
+
 def clear_remains(paths: InstancePaths) -> None:
     """Remove what only a running VMM needs: its memory image, sockets, and half-made files.
 
